@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each does its own set-up, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+# The stamp is newer than what it was made from: a second call installs nothing.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,tensorboard]'
+	touch $@
+
+setup: $(VENV)/.ready
+
+demo: setup  ## fine-tune SmolLM2-135M to document Python functions, before/after table; ARGS="quant=nf4" for QLoRA
+	$(BIN)/python train.py experiment=demo $(ARGS)
+
+lint: setup  ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## set-up, lint, types and the fast tests
+	$(BIN)/python -m pytest -n 2 -m "not slow and not cuda"
+
+test-all: lint  ## every test that this machine can run
+	$(BIN)/python -m pytest -m "not cuda"
+
+bench: setup  ## the CPU figures of benchmarks/README.md
+	$(BIN)/python benchmarks/vs_peft.py
+
+clean:  ## remove the environment, build output and caches in the checkout (the model cache and outputs/ stay)
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

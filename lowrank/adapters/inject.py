@@ -1,0 +1,141 @@
+"""Carrying out a plan: apply, remove, and the names of what trains."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapters.base import Adapted, Adapter, shape
+from lowrank.adapters.full import Full
+from lowrank.adapters.plan import (
+    InjectionPlan,
+    Row,
+    adapted,
+    count,
+    dotted,
+    parameters,
+    resolve,
+    sites,
+    uncovered,
+)
+from lowrank.errors import ConfigError
+from lowrank.keys import Clock, key
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply(model: Model, plan: InjectionPlan, seed: int = 0, clock: Clock | None = None) -> Model:
+    """Freezes ``model`` and puts the plan's adapters on it, in place; returns it.
+
+    Each adapter's initial values are keyed by its site's path, so adding a site changes no other. ``clock``
+    is the time that dropout masks depend on (the loop's); without one each forward draws new masks.
+
+    Raises ConfigError, with nothing changed, where the model already carries adapters or is not the plan's.
+    """
+    if next(adapted(model), None) is not None:
+        raise ConfigError("apply: the model already carries adapters; lowrank.remove(model) takes them off.")
+    bare, own = dict(sites(model)), parameters(model)
+    wrapped = [row for row in plan.rows if "parameter" not in resolve(row.adapter).sites]
+    trained = [row for row in plan.rows if "parameter" in resolve(row.adapter).sites]
+    for row in wrapped:
+        if row.path not in bare or shape(bare[row.path]) != row.shape:
+            raise ConfigError(f"apply: the plan's {row.path} {row.shape} is not a site of this model.")
+    for row in trained:
+        if row.path not in own or tuple(own[row.path].shape) != row.shape:
+            raise ConfigError(f"apply: the plan's {row.path} {row.shape} is not a parameter of this model.")
+    shared = shared_options(wrapped, seed)
+    built = {row.path: build(row, bare[row.path], seed, shared[method(row)]) for row in wrapped}
+    model.requires_grad_(False)
+    for row in trained:
+        own[row.path].requires_grad_(True)
+    for row in wrapped:
+        adapter = built[row.path]
+        adapter.clock, adapter.group = clock or Adapter.clock, row.group
+        replace(model, row.path, Adapted(bare[row.path], adapter, row.options))
+    return model
+
+
+def method(row: Row) -> tuple[str, str]:
+    """Rows of one method with the same options share what the method shares."""
+    return row.adapter, repr(sorted(row.options.items()))
+
+
+def shared_options(rows: list[Row], seed: int) -> dict[tuple[str, str], dict[str, Any]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(method(row), []).append(row)
+    return {
+        what: resolve(what[0]).shared(
+            {row.path: (row.shape[0], row.shape[1]) for row in group},
+            generator=key(seed, "shared", *what),
+            **group[0].options,
+        )
+        for what, group in groups.items()
+    }
+
+
+def build(row: Row, base: nn.Module, seed: int, shared: dict[str, Any]) -> Adapter:
+    adapter = resolve(row.adapter)(base, generator=key(seed, "init", row.path), **row.options, **shared)
+    device = next((p.device for p in base.parameters()), torch.device("cpu"))
+    return adapter.to(device)
+
+
+def remove(model: Model) -> Model:
+    """Puts the original module objects back, in place. The base stays frozen and keeps its values."""
+    for path, module in list(adapted(model)):
+        replace(model, path, module.base)
+    return model.requires_grad_(False)
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Sets the module at a bare path, through whatever is wrapped on the way there."""
+    parent: nn.Module = model
+    *parents, name = path.split(".")
+    for part in parents:
+        child = getattr(parent, part)
+        parent = child.base if isinstance(child, Adapted) else child
+    setattr(parent, name, module)
+
+
+def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Everything that requires grad, by the bare model's names: ``….q_proj.adapter.A``, or ``….q_proj.weight``."""
+    found = {name: p for name, p in parameters(model).items() if p.requires_grad}
+    for path, module in adapted(model):
+        for name, parameter in module.adapter.named_parameters():
+            if parameter.requires_grad:
+                found[f"{path}.adapter.{name}"] = parameter
+    return found
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """What an adapter file holds: parameters and persistent buffers of every adapter, and the base's own
+    parameters that train, by the bare model's names."""
+    state: dict[str, Tensor] = {n: p for n, p in parameters(model).items() if p.requires_grad}
+    for path, module in adapted(model):
+        for name, tensor in module.adapter.state_dict(keep_vars=True).items():
+            state[f"{path}.adapter.{name}"] = tensor
+    return state
+
+
+def current_plan(model: nn.Module) -> InjectionPlan:
+    """The plan that the model carries, read off its adapters."""
+    rows = [
+        Row(
+            path=path,
+            kind=type(module.base).__name__,
+            shape=shape(module.base),
+            adapter=dotted(type(module.adapter)),
+            options=module.options,
+            parameters=sum(p.numel() for p in module.adapter.parameters() if p.requires_grad),
+            group=module.adapter.group,
+        )
+        for path, module in adapted(model)
+    ]
+    rows += [
+        Row(path, "Parameter", tuple(p.shape), dotted(Full), {}, p.numel(), path)
+        for path, p in parameters(model).items()
+        if p.requires_grad
+    ]
+    return InjectionPlan(tuple(rows), count(model), uncovered(model))

@@ -1,0 +1,332 @@
+"""The plan: which adapter goes on which site, counted before any weight changes."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import importlib
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.adapters.base import LINEAR, Adapted, Adapter, shape
+from lowrank.errors import ConfigError, did_you_mean, nearest
+from lowrank.quant.nf4 import NF4Linear
+
+Pattern = str | type[nn.Module]
+Factory = Callable[..., Adapter]  # an Adapter class, or functools.partial of one with its options
+Rules = Mapping[Pattern, Factory]
+
+WHERE = "adapter.targets"  # how the configuration calls a plan's patterns
+
+
+@dataclass(frozen=True)
+class Row:
+    """One site of a plan (or, for ``Full``, one parameter of the base)."""
+
+    path: str
+    kind: str  # the module's class
+    shape: tuple[int, ...]  # (out, in)
+    adapter: str  # dotted path of the class
+    options: dict[str, Any]
+    parameters: int
+    group: str  # sites of a group share their dropout mask
+
+    @property
+    def method(self) -> str:
+        return self.adapter.rsplit(".", 1)[-1]
+
+
+@dataclass(frozen=True)
+class InjectionPlan:
+    """An ordered table of sites. ``print(plan)`` shows it; ``to_dict`` and ``from_dict`` are its JSON form."""
+
+    rows: tuple[Row, ...]
+    total_parameters: int  # of the base
+    notes: tuple[str, ...] = ()  # what it does not cover
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(row.parameters for row in self.rows)
+
+    def __str__(self) -> str:
+        cells = [("path", "kind", "shape", "adapter", "parameters")]
+        for row in self.rows:
+            options = ", ".join(f"{name}={value}" for name, value in row.options.items())
+            method = f"{row.method}({options})" if options else row.method
+            dimensions = "×".join(str(n) for n in row.shape)
+            cells.append((row.path, row.kind, dimensions, method, f"{row.parameters:,}"))
+        widths = [max(len(line[i]) for line in cells) for i in range(5)]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(line[:4], widths, strict=False)), line[4].rjust(widths[4])])
+            for line in cells
+        ]
+        total, base = self.trainable_parameters, self.total_parameters
+        lines.append(
+            f"{len(self.rows)} rows, {total:,} trainable parameters ({4 * total / 2**20:.1f} MiB in fp32), "
+            f"{100 * total / max(base, 1):.2f} % of the base's {base:,}"
+        )
+        return "\n".join([*lines, *self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "rows": [vars(row) | {"shape": list(row.shape)} for row in self.rows],
+            "total_parameters": self.total_parameters,
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> InjectionPlan:
+        rows = tuple(Row(**(row | {"shape": tuple(row["shape"])})) for row in data["rows"])
+        return cls(rows, data["total_parameters"], tuple(data["notes"]))
+
+
+def plan(model: nn.Module, rules: Rules) -> InjectionPlan:
+    """What ``rules`` would put where, without changing ``model`` (which may be on the meta device).
+
+    A pattern is a glob over paths (``*.q_proj``), a bare name (``q_proj``: the last part of a path), a regular
+    expression (``re:layers\\.[0-3]\\..*``), a module class, or ``all-linear`` (every linear-like site but the
+    head) or ``embedding``. A factory is an ``Adapter`` class or ``functools.partial`` of one.
+
+    Every adapter is built once over a stand-in without values, so the counts are true and a bad option raises
+    here. Raises ConfigError where a pattern matches nothing, two patterns claim one site, a pattern matches only
+    modules of a kind that the adapter does not take, or an option is unknown or out of range.
+    """
+    claimed: dict[str, tuple[Pattern, Row]] = {}
+    twice: list[tuple[str, Pattern, Pattern]] = []
+    for pattern, factory in rules.items():
+        adapter, options = class_and_options(factory)
+        find = rows_of_parameters if "parameter" in adapter.sites else rows_of_sites
+        for row in find(model, pattern, adapter, options):
+            if row.path in claimed:
+                twice.append((row.path, claimed[row.path][0], pattern))
+            claimed[row.path] = (pattern, row)
+    if twice:
+        path, first, second = twice[0]
+        more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+        raise ConfigError(f"{WHERE}: {show(first)} and {show(second)} both claim {path}{more}. One rule a site.")
+    order = [*(path for path, _ in sites(model)), *parameters(model)]
+    rows = tuple(claimed[path][1] for path in dict.fromkeys(order) if path in claimed)
+    return InjectionPlan(rows, count(model), uncovered(model))
+
+
+def class_and_options(factory: Factory) -> tuple[type[Adapter], dict[str, Any]]:
+    """The Adapter class and the keyword options of a rule's factory."""
+    cls, options = (factory.func, dict(factory.keywords)) if isinstance(factory, partial) else (factory, {})
+    if not (isinstance(cls, type) and issubclass(cls, Adapter)):
+        raise ConfigError(f"{WHERE}: {factory!r} is neither an Adapter class nor functools.partial of one.")
+    allowed = option_names(cls)
+    for name in options:
+        if name not in allowed:
+            hint = did_you_mean(name, allowed)
+            raise ConfigError(f"adapter.{name}: unknown key.{hint} Allowed: {', '.join(allowed) or 'none'}.")
+    return cls, options
+
+
+def option_names(cls: type[Adapter]) -> list[str]:
+    """The options of a method: its constructor's keywords but the generator."""
+    keywords = inspect.signature(cls).parameters.values()
+    return [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.name != "generator"]
+
+
+def rows_of_sites(model: nn.Module, pattern: Pattern, adapter: type[Adapter], options: dict[str, Any]) -> Iterator[Row]:
+    known = dict(sites(model))
+    matched = {path: module for path, module in known.items() if matches(model, pattern, path, module)}
+    if not matched:
+        raise ConfigError(f"{WHERE}: {show(pattern)} matches no module.{suggestion(pattern, known)}")
+    supported = {path: module for path, module in matched.items() if site_kind(module) in adapter.sites}
+    if not supported:
+        path, module = next(iter(matched.items()))
+        raise ConfigError(
+            f"{WHERE}: {show(pattern)} matches {path or 'the model'} ({type(module).__name__}), but "
+            f"{adapter.__name__} adapts {' and '.join(adapter.sites)} sites only.{suggestion(pattern, known)}"
+        )
+    for path, module in supported.items():
+        out_features, in_features = shape(module)
+        yield Row(
+            path=path,
+            kind=type(module).__name__,
+            shape=(out_features, in_features),
+            adapter=dotted(adapter),
+            options=options,
+            parameters=adapter_size(module, adapter, options),
+            group=f"{path.rpartition('.')[0]}:{in_features}",
+        )
+
+
+def rows_of_parameters(
+    model: nn.Module, pattern: Pattern, adapter: type[Adapter], options: dict[str, Any]
+) -> Iterator[Row]:
+    """Rows of a method that trains the base's own parameters; NF4 weights cannot."""
+    quantized = [path for path, module in sites(model) if isinstance(module, NF4Linear)]
+    if quantized:
+        raise ConfigError(
+            f"adapter: {adapter.__name__} trains the base's own weights, and NF4 weights cannot train "
+            f"({len(quantized)} sites, first {quantized[0]}). Use quant=none, or an adapter such as lora."
+        )
+    owner = {
+        f"{path}.{name}".lstrip("."): m for path, m in sites(model) for name, _ in m.named_parameters(recurse=False)
+    }
+    found = {
+        path: parameter
+        for path, parameter in parameters(model).items()
+        if matches(model, pattern, path, owner[path]) or matches(model, pattern, path.rpartition(".")[0], owner[path])
+    }
+    if not found:
+        raise ConfigError(f"{WHERE}: {show(pattern)} matches no parameter.{suggestion(pattern, parameters(model))}")
+    for path, parameter in found.items():
+        dimensions = tuple(parameter.shape)
+        yield Row(path, type(owner[path]).__name__, dimensions, dotted(adapter), {}, parameter.numel(), path)
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by its path in the bare model, an ``Adapted`` where one stands and not what it wraps."""
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path, module
+        inner = module.base if isinstance(module, Adapted) else module
+        for name, child in inner.named_children():
+            yield from visit(child, f"{path}.{name}" if path else name)
+
+    return visit(model, "")
+
+
+def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the bare model with its path there: an ``Adapted`` stands for its base."""
+    return ((path, m.base if isinstance(m, Adapted) else m) for path, m in walk(model))
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """Every wrapped site with its path in the bare model."""
+    return ((path, module) for path, module in walk(model) if isinstance(module, Adapted))
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's own parameters by their paths in the bare model; a tied one under its first name."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for path, module in sites(model):
+        for name, parameter in module.named_parameters(recurse=False):
+            found.setdefault(id(parameter), (f"{path}.{name}" if path else name, parameter))
+    return dict(found.values())
+
+
+def site_kind(module: nn.Module) -> str:
+    if isinstance(module, LINEAR):
+        return "linear"
+    return "embedding" if isinstance(module, nn.Embedding) else "other"
+
+
+def head(model: nn.Module) -> nn.Module | None:
+    """The output layer (``lm_head``), bare."""
+    get = getattr(model, "get_output_embeddings", None)
+    found = get() if get else None
+    return found.base if isinstance(found, Adapted) else found
+
+
+def matches(model: nn.Module, pattern: Pattern, path: str, module: nn.Module) -> bool:
+    if isinstance(pattern, type):
+        return isinstance(module, pattern)
+    if pattern == "all-linear":
+        return site_kind(module) == "linear" and module is not head(model)
+    if pattern == "embedding":
+        return site_kind(module) == "embedding"
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], path) is not None
+    if "." not in pattern and not any(c in pattern for c in "*?["):
+        return path.rpartition(".")[2] == pattern
+    return fnmatch.fnmatchcase(path, pattern)
+
+
+def show(pattern: Pattern) -> str:
+    return f"'{pattern}'" if isinstance(pattern, str) else pattern.__name__
+
+
+def suggestion(pattern: Pattern, paths: Mapping[str, Any]) -> str:
+    """`` Nearest: 'q_proj' (30 modules).`` among the last parts of the paths of what could have been meant."""
+    names = Counter(
+        path.rpartition(".")[2]
+        for path, found in paths.items()
+        if not isinstance(found, nn.Module) or site_kind(found) != "other"
+    )
+    wanted = pattern.rpartition(".")[2].strip("*") if isinstance(pattern, str) else pattern.__name__
+    close = nearest(wanted, names)
+    if close is None:
+        return f" There are: {', '.join(sorted(names))}."
+    return f" Nearest: '{close}' ({names[close]} {'module' if names[close] == 1 else 'modules'})."
+
+
+def adapter_size(base: nn.Module, adapter: type[Adapter], options: dict[str, Any]) -> int:
+    """Builds the adapter over a stand-in without values and counts its trainable parameters."""
+    with torch.device("meta"):
+        try:
+            built = adapter(stand_in(base), generator=torch.Generator("cpu"), **options)
+        except ValueError as error:
+            raise ConfigError(f"adapter.{error}") from error
+    return sum(p.numel() for p in built.parameters() if p.requires_grad)
+
+
+def stand_in(module: nn.Module) -> nn.Module:
+    """The same module with parameters and buffers of the same shape that hold no values."""
+    twin = copy.copy(module)
+    twin._parameters = {
+        name: p if p is None else nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    twin._buffers = {
+        name: b if b is None else torch.empty_like(b, device="meta") for name, b in module._buffers.items()
+    }
+    twin._modules = {name: m if m is None else stand_in(m) for name, m in module._modules.items()}
+    return twin
+
+
+def count(model: nn.Module) -> int:
+    """Parameters of the base, an NF4 weight counted by its logical shape."""
+    total = 0
+    quantized: set[int] = set()
+    for _, module in sites(model):
+        if isinstance(module, NF4Linear):
+            total += module.in_features * module.out_features
+            quantized |= {id(p) for name, p in module.named_parameters(recurse=False) if name != "bias"}
+    return total + sum(p.numel() for p in parameters(model).values() if id(p) not in quantized)
+
+
+def uncovered(model: nn.Module) -> tuple[str, ...]:
+    """What no linear-like pattern can reach: experts kept as one 3D weight."""
+    three = [
+        parameter
+        for _, module in sites(model)
+        if site_kind(module) == "other" and not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.numel() > parameter.shape[-1]
+    ]
+    if not three:
+        return ()
+    total = sum(p.numel() for p in three)
+    return (f"not covered: 3D expert weights: {total:,} parameters in {len(three)} sites",)
+
+
+def dotted(cls: type[Adapter]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def resolve(name: str) -> type[Adapter]:
+    """The Adapter class that a plan's row names by its dotted path."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"adapter class {name} cannot be imported: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Adapter)):
+        raise ConfigError(f"adapter class {name} is not a subclass of lowrank.adapters.Adapter")
+    return cls

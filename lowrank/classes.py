@@ -1,0 +1,110 @@
+"""The classes that ``_target_`` names: found by their dotted path, kind-checked, and tried with their options.
+
+A method's options are its constructor's parameters and its ranges are what the constructor raises ValueError
+for; so a new adapter or optimizer needs no schema. Everything here imports torch, and only when called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lowrank.errors import ConfigError, did_you_mean
+from lowrank.rules import refuse, unknown_key
+
+KINDS = {"adapter": "lowrank.adapters.Adapter", "optim": "torch.optim.Optimizer"}
+PASSED = ("self", "base", "generator", "params")  # constructor parameters that we give, never the user
+
+
+def resolve(target: str, kind: type, where: str) -> type:
+    """The class at a dotted path. Raises ConfigError naming ``where`` unless it is a subclass of ``kind``."""
+    found = locate(target, where)
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise refuse(where, target, f"a subclass of {kind.__module__}.{kind.__qualname__}")
+    return found
+
+
+def locate(target: str, where: str) -> Any:
+    """The object at a dotted path. What fails inside an imported module is that module's bug and is raised as is."""
+    module_name, _, name = target.rpartition(".")
+    if not module_name or not all(part.isidentifier() for part in target.split(".")):
+        raise refuse(where, target, "a dotted path such as torch.optim.AdamW")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(f"{where}: '{target}' cannot be imported; no module '{error.name}'.") from error
+    if not hasattr(module, name):
+        classes = [known for known, found in vars(module).items() if isinstance(found, type)]
+        hint = did_you_mean(name, classes)
+        raise ConfigError(f"{where}: '{target}' cannot be imported; {module_name} has no '{name}'.{hint}")
+    return getattr(module, name)
+
+
+def find(target: str, group: str) -> type:
+    where = f"{group}._target_"
+    return resolve(target, locate(KINDS[group], where), where)
+
+
+def options(target: str, group: str) -> list[str]:
+    """What a user may set of the class: its constructor's parameters but those that we pass."""
+    return named(find(target, group))
+
+
+def named(cls: type) -> list[str]:
+    parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+    return [p.name for p in parameters if p.name not in PASSED and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def takes_any(cls: type) -> bool:
+    parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+    return any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def check_adapter(target: str, targets: Any, given: dict[str, Any]) -> None:
+    """Builds the adapter once with its options, and once for each pattern with its overrides, without any values."""
+    import torch
+
+    cls = find(target, "adapter")
+
+    def build(chosen: dict[str, Any]) -> None:
+        if "linear" in getattr(cls, "sites", ()):
+            with torch.device("meta"):
+                cls(torch.nn.Linear(8, 8), generator=torch.Generator("cpu"), **chosen)
+
+    check_options("adapter", given, cls, ["targets"])
+    attempt("adapter", build, given)
+    for pattern, overrides in targets.items() if isinstance(targets, dict) else ():
+        where = f"adapter.targets['{pattern}']"
+        check_options(where, overrides, cls, [])
+        attempt(where, build, {**given, **overrides})
+
+
+def check_optimizer(target: str, fixed: dict[str, Any], given: dict[str, Any]) -> None:
+    """Builds the optimizer once over one small parameter."""
+    import torch
+
+    cls = find(target, "optim")
+    check_options("optim", given, cls, [*fixed, "groups"])
+    attempt("optim", lambda chosen: cls([torch.nn.Parameter(torch.zeros(1))], **fixed, **chosen), given)
+
+
+def check_options(where: str, given: Iterable[str], cls: type, fixed: list[str]) -> None:
+    """Every option is one of the class's. ``fixed``: the group's other keys, for the error's list."""
+    known = named(cls)
+    for name in given:
+        if name not in known and not takes_any(cls):
+            raise unknown_key(f"{where}.{name}", [*fixed, *(option for option in known if option not in fixed)])
+
+
+def attempt(where: str, build: Callable[[dict[str, Any]], Any], given: dict[str, Any]) -> None:
+    """Calls a constructor; its ValueError ``r: 0 is not allowed; …`` becomes ``adapter.r: 0 is not allowed; …``."""
+    try:
+        build(given)
+    except ValueError as error:
+        option = str(error).partition(":")[0]
+        joint = "." if option.isidentifier() else ": "
+        raise ConfigError(f"{where}{joint}{str(error).rstrip('.')}.") from error

@@ -1,0 +1,183 @@
+"""Hydra's composition of conf/ and overrides, and Hydra's refusals in our words.
+
+``train.py``, the launcher and the commands that take overrides share it, so that a misspelt key reads the same
+wherever it is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+import yaml  # type: ignore[import-untyped]
+from hydra import errors as refusals
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from lowrank import config
+from lowrank.errors import ConfigError, Interrupted, LowrankError, did_you_mean
+from lowrank.rules import unknown_key
+
+MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG}
+# What Hydra says of an override → what we say; the most specific first.
+PHRASES = (
+    (
+        r"Ambiguous value for argument '([^=]*)=(.*?)' 1\.",
+        r"\1: '\2' is several values. Add -m to run one job for each, or write a list: \1=[\2].",
+    ),
+    (r"Sweep parameters '([^=]*)=(.*)' requires", r"\1: '\2' is several values. Add -m to run one job for each."),
+    (r"Multiple values for (\S+?)\. .*: (.*)'", r"\1: chosen already. Write \1=\2, without '+'."),
+    (r"Could not append to config\. An item is already at '(.*?)'", r"\1: there already. Write it without '+'."),
+    (r"Could not delete from config\. '(.*?)' does not exist", r"\1: unknown key; nothing to delete."),
+    (
+        r"Config group override must be a string or a list\. Got (\w+)",
+        r"configuration: a group takes the name of one of its choices, such as model=smollm2 (got \1).",
+    ),
+)
+MORE_KINDS = {"schedule": " Other kinds of schedule: schedule.kind=NAME."}
+
+
+def compose(overrides: list[str], config_dir: Path | None = None) -> config.Config:
+    """The configuration of ``python train.py OVERRIDES``. Raises ConfigError."""
+    folder = (config_dir or find_conf()).resolve()
+    try:
+        with fresh_hydra(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+            node = hydra.compose("config", overrides=list(overrides))
+    except Exception as error:
+        raise translate(error) from error
+    return config.parse(node)
+
+
+def find_conf() -> Path:
+    """conf/ beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    beside = package.parent / "conf"
+    return beside if (beside / "config.yaml").is_file() else package / "conf"
+
+
+@contextmanager
+def fresh_hydra() -> Iterator[None]:
+    """Composing inside a run that Hydra itself started must not meet that run's state."""
+    outer = GlobalHydra.instance()
+    GlobalHydra.set_instance(GlobalHydra.__new__(GlobalHydra))
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.set_instance(outer)
+
+
+def translate(error: BaseException) -> LowrankError:
+    """A refusal of Hydra, OmegaConf, YAML or the machine as one of our errors, which itself passes unchanged.
+
+    Anything else is a bug, ours or a user's: it is raised again as it is.
+    """
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    match error:
+        case LowrankError():
+            return error
+        case KeyboardInterrupt():
+            return Interrupted("interrupted.")
+        case refusals.OverrideParseException():
+            return ConfigError(malformed(error))
+        case refusals.MissingConfigException(options=[_, *_]):
+            return ConfigError(no_such_choice(error))
+        case refusals.HydraException() | OmegaConfBaseException() if isinstance(cause, OmegaConfBaseException):
+            return of_omegaconf(cause)
+        case refusals.HydraException():
+            return ConfigError(reword(str(error)))
+        case yaml.MarkedYAMLError():
+            return ConfigError(f"not valid YAML: {error.problem}{error.problem_mark or ''}.")
+        case ValueError() if raised_in_hydra(error):
+            return ConfigError(reword(str(error)))
+        case OSError() if error.errno in MACHINE:
+            return LowrankError(f"{error.filename}: {os.strerror(error.errno)}.")
+    raise error
+
+
+def report(error: BaseException) -> int:
+    """Prints one block for what we understand and the full traceback for a bug. Returns the exit code.
+
+    A sweep asks for the cause in the file that ``LOWRANK_CAUSE`` names.
+    """
+    try:
+        known = translate(error)
+    except Exception:
+        traceback.print_exception(error)
+        code, cause = 1, f"{type(error).__name__}: {error}"
+    else:
+        if os.environ.get("LOWRANK_DEBUG") == "1":
+            traceback.print_exception(error)
+        print(known, file=sys.stderr)
+        code, cause = known.exit_code, str(known)
+    if path := os.environ.get("LOWRANK_CAUSE"):
+        Path(path).write_text(cause, encoding="utf-8")
+    return code
+
+
+def of_omegaconf(error: OmegaConfBaseException) -> ConfigError:
+    if not isinstance(error, (ConfigKeyError, ConfigAttributeError)) or not error.full_key:
+        return ConfigError(config.sentence(error))
+    parent = error.parent_node
+    if not isinstance(parent, DictConfig) or error.full_key.startswith("hydra."):
+        return unknown_key(error.full_key, [str(key) for key in parent] if isinstance(parent, DictConfig) else [])
+    tree = OmegaConf.to_container(parent._get_root(), resolve=False)
+    assert isinstance(tree, dict)
+    return config.key_error(error.full_key, {str(key): value for key, value in tree.items()})
+
+
+def malformed(error: refusals.OverrideParseException) -> str:
+    """An override that Hydra's grammar cannot read, and how to write it."""
+    reason = str(error).split("\nSee https")[0].split("\n")
+    detail = next((line for line in reason if not line.startswith(("Error parsing", "LexerNoViable", " "))), "")
+    advice = "Write key=value, and quote a value with special characters: \"key='a, b'\"."
+    if re.search(r"\{\s*['\"]", error.override):
+        advice = "Write a mapping's keys without quotes: 'adapter.targets={*.q_proj:{r:8}}'."
+    return f"{error.override}: not a valid override{f' ({detail})' if detail else ''}. {advice}"
+
+
+def no_such_choice(error: refusals.MissingConfigException) -> str:
+    """``model: 'smolm2' is not a choice. Did you mean 'smollm2'? Allowed: …``"""
+    group, _, name = str(error.missing_cfg_file).rpartition("/")
+    allowed = list(error.options or ())
+    return (
+        f"{group}: '{name}' is not a choice.{did_you_mean(name, allowed)} Allowed: {', '.join(allowed)}."
+        f"{MORE_KINDS.get(group, '')}"
+    )
+
+
+def reword(message: str) -> str:
+    """Hydra's other refusals; one that is not in the table keeps its words, in one line."""
+    message = " ".join(message.split())
+    for pattern, ours in PHRASES:
+        if found := re.match(pattern, message):
+            return found.expand(ours)
+    return f"configuration: {message.rstrip('.')}."
+
+
+def raised_in_hydra(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(hydra.__file__).parent in Path(trace.tb_frame.f_code.co_filename).parents
+
+
+def discard(folder: Path) -> None:
+    """Removes ``folder`` if nothing is in it, and its parents up to outputs/ while they are empty too."""
+    top = Path(os.environ.get("LOWRANK_OUTPUTS", "outputs")).resolve()
+    parents = [p for p in folder.resolve().parents if p.is_relative_to(top)]
+    for path in (folder, *parents):
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return

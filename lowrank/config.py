@@ -1,0 +1,288 @@
+"""The configuration: a typed schema, a strict parse, and errors that name the key, the value and what is allowed.
+
+``parse`` turns the composed YAML into a frozen ``Config``. Every key and value is checked before torch is
+imported; only then are the classes that ``_target_`` names looked at, because the options of ``adapter`` and
+``optim`` are those of their constructors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import reduce
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lowrank.classes import check_adapter, check_optimizer, options, resolve
+from lowrank.errors import ConfigError
+from lowrank.rules import ANY, OWNERS, RELATIONS, RULES, refuse, unknown_key
+
+__all__ = ["Config", "key_error", "parse", "resolve", "sentence"]
+
+
+@dataclass(frozen=True)
+class Model:
+    kind: str
+    name: str | None = None  # folder or hub id
+    revision: str | None = None
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class Quant:
+    kind: str
+    double: bool = True
+    compute_dtype: str | None = None  # None: the dtype of the layer's input
+    skip: list[str] = field(default_factory=lambda: ["lm_head"])
+
+
+@dataclass(frozen=True)
+class Adapter:
+    target: str  # the YAML's ``_target_``: the dotted path of an Adapter class
+    targets: str | list[str] | dict[str, dict[str, Any]]
+    options: dict[str, Any]  # every other key: the constructor's
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Column names; None where the file has no such column."""
+
+    instruction: str | None = "instruction"
+    input: str | None = "input"
+    response: str | None = "response"
+    text: str | None = "text"
+
+
+@dataclass(frozen=True)
+class Data:
+    kind: str
+    eval_fraction: float
+    template: str
+    max_length: int  # tokens
+    limit: int | None
+    seed: int
+    train_on: str
+    on_empty: str
+    path: str | None = None
+    eval_path: str | None = None
+    fields: Fields = field(default_factory=Fields)
+
+
+@dataclass(frozen=True)
+class Optim:
+    target: str  # the YAML's ``_target_``: the dotted path of an Optimizer class
+    lr: float
+    weight_decay: float
+    groups: list[dict[str, Any]]  # ordered rules {match, lr?, weight_decay?}
+    options: dict[str, Any]  # every other key: the constructor's
+
+
+@dataclass(frozen=True)
+class Schedule:
+    kind: str
+    warmup: float  # optimizer steps, or below 1 a fraction of all
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loop:
+    steps: int | None
+    epochs: float | None
+    micro_batch: int | None  # examples
+    micro_batch_tokens: int | None
+    accumulate: int
+    max_grad_norm: float
+    precision: str
+    device: str
+    seed: int
+    gradient_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Generate:
+    limit: int  # examples; 0: none
+    batch: int
+    max_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_p: float
+    num_return_sequences: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Eval:
+    before: bool
+    every: int  # optimizer steps; 0: at the end only
+    limit: int | None
+    generate: Generate
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int  # optimizer steps; 0: none
+    keep: int
+    resume: bool
+    allow: list[str]
+
+
+@dataclass(frozen=True)
+class Track:
+    kind: str
+    project: str = "lowrank"
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Model
+    quant: Quant
+    adapter: Adapter
+    data: Data
+    optim: Optim
+    schedule: Schedule
+    loop: Loop
+    eval: Eval
+    checkpoint: Checkpoint
+    track: Track
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values in the YAML's shape; ``parse`` of it is this configuration again."""
+        tree = asdict(self)
+        for name in OPEN:
+            group = tree[name]
+            options = group.pop("options")
+            tree[name] = {"_target_": group.pop("target"), **group, **options}
+        return tree
+
+
+GROUPS: dict[str, type] = get_type_hints(Config)
+NESTED: dict[str, type] = {"data.fields": Fields, "eval.generate": Generate}
+OPEN = ("adapter", "optim")  # groups whose further keys are options of the class that `_target_` names
+FREE = ("schedule.options", "adapter.targets")  # mappings with keys of the user's own
+
+
+def parse(node: DictConfig | Mapping[str, Any]) -> Config:
+    """The configuration of a composed YAML tree. Raises ConfigError for the first key or value that is wrong."""
+    tree = plain(node)
+    check_keys("", tree, GROUPS)
+    config = Config(**{name: read(cls, name, tree.get(name)) for name, cls in GROUPS.items()})
+    for path, kinds in OWNERS.items():
+        group, _, key = path.partition(".")
+        owner = getattr(config, group)
+        if owner.kind not in kinds and getattr(owner, key) != defaults(type(owner))[key]:
+            raise misplaced(path)
+    for path, holds, wanted in RELATIONS:
+        if not holds(config):
+            raise refuse(path, reduce(getattr, path.split("."), config), wanted)
+    check_adapter(config.adapter.target, config.adapter.targets, config.adapter.options)
+    optim = config.optim
+    check_optimizer(optim.target, {"lr": optim.lr, "weight_decay": optim.weight_decay}, optim.options)
+    return config
+
+
+def plain(node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Plain containers with every interpolation resolved; a mandatory value that nobody gave stays ``???``."""
+    try:
+        node = node if isinstance(node, DictConfig) else OmegaConf.create(dict(node))
+        tree = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(sentence(error)) from error
+    return mapping("configuration", tree)
+
+
+def sentence(error: OmegaConfBaseException) -> str:
+    """``loop.seed: Interpolation key 'data.sed' not found.``"""
+    what = str(error).splitlines()[0].strip().rstrip(".")
+    return f"{error.full_key or 'configuration'}: {what}."
+
+
+def mapping(path: str, node: Any) -> dict[str, Any]:
+    if node is None or node == "???":
+        raise ConfigError(f"{path}: missing; choose one, or give a mapping of its keys.")
+    if not isinstance(node, dict):
+        raise refuse(path, node, "a mapping of its keys")
+    return {str(key): value for key, value in node.items()}
+
+
+def read(cls: type, where: str, node: Any) -> Any:
+    """An instance of ``cls`` from a mapping, each value checked by its rule; an open group's rest is ``options``."""
+    values = mapping(where, node)
+    keys = names(cls, where)
+    rest = {key: value for key, value in values.items() if key not in keys}
+    found: dict[str, Any] = {}
+    if where in OPEN:
+        found["options"] = {key: read_value(f"{where}.{key}", value) for key, value in rest.items()}
+    else:
+        check_keys(where, rest, keys)
+    for key, name in keys.items():
+        path = f"{where}.{key}"
+        if key not in values and name in defaults(cls):
+            found[name] = defaults(cls)[name]
+        elif path in NESTED:
+            found[name] = read(NESTED[path], path, values.get(key))
+        else:
+            found[name] = read_value(path, values.get(key, "???"))
+    return cls(**found)
+
+
+def read_value(path: str, value: Any) -> Any:
+    rule = RULES.get(path, ANY)
+    if value == "???":
+        raise ConfigError(f"{path}: missing; {rule.wanted.removesuffix(', or null')}. Write {path}=….")
+    found = rule.read(path, value)
+    return [read_group(f"{path}[{i}]", group) for i, group in enumerate(found)] if path == "optim.groups" else found
+
+
+def read_group(where: str, group: dict[str, Any]) -> dict[str, Any]:
+    """One rule of ``optim.groups``: match, and what it changes."""
+    prefix = "optim.groups."
+    check_keys(where, group, [path.removeprefix(prefix) for path in RULES if path.startswith(prefix)])
+    if "match" not in group:
+        raise ConfigError(f"{where}.match: missing; {RULES[prefix + 'match'].wanted}.")
+    return {key: RULES[prefix + key].read(f"{where}.{key}", value) for key, value in group.items()}
+
+
+def names(cls: type, where: str) -> dict[str, str]:
+    """YAML key → field of ``cls``, without the ``options`` of an open group."""
+    found = {f.name: f.name for f in fields(cls)}
+    if where in OPEN:
+        found = {"_target_": found.pop("target"), **{k: v for k, v in found.items() if k != "options"}}
+    return found
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Field → its default, for the fields that have one."""
+    given = {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+    return given | {f.name: f.default_factory() for f in fields(cls) if f.default_factory is not MISSING}
+
+
+def check_keys(where: str, values: Iterable[str], allowed: Iterable[str]) -> None:
+    for key in values:
+        if key not in allowed:
+            raise unknown_key(f"{where}.{key}" if where else key, allowed)
+
+
+def misplaced(path: str) -> ConfigError:
+    """A key that belongs to other choices of its group."""
+    group = path.partition(".")[0]
+    return ConfigError(f"{path}: only with {' or '.join(f'{group}={kind}' for kind in OWNERS[path])}.")
+
+
+def key_error(path: str, tree: Mapping[str, Any]) -> ConfigError:
+    """What to say of a key that the composed YAML ``tree`` does not have: unknown, of another choice, or addable."""
+    where, _, key = path.rpartition(".")
+    if path in OWNERS:
+        return misplaced(path)
+    if any(path.startswith(f"{free}.") for free in FREE):
+        return ConfigError(f"{path}: not there yet; to add it write '+{path}=…'.")
+    cls = NESTED.get(where) or GROUPS.get(where)
+    allowed = [name for name in names(cls, where) if name != "_target_"] if cls else [] if where else list(GROUPS)
+    if where in OPEN:
+        target = str(tree.get(where, {}).get("_target_"))
+        allowed += [name for name in options(target, where) if name not in allowed]
+    if key in allowed:
+        return ConfigError(f"{path}: not set by this choice of {where}; to set it write '+{path}=…'.")
+    return unknown_key(path, allowed)

@@ -1,0 +1,81 @@
+"""Which examples stand in which step: a pure function of (seed, epoch, index), so that nothing needs resuming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+
+from lowrank.data.pack import Batch, Document
+from lowrank.keys import digest, key
+
+
+class Batches:
+    """The micro-batches of every optimizer step, from 1.
+
+    An epoch is a keyed permutation cut into micro-batches, of ``micro_batch`` examples or of at most
+    ``micro_batch_tokens`` tokens, and these into steps of ``accumulate``; the last of each may be short. Every
+    example comes once an epoch. A document longer than the token budget is a micro-batch of its own.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        collate: Callable[[Sequence[Document]], Batch],
+        *,
+        seed: int,
+        micro_batch: int | None,
+        micro_batch_tokens: int | None,
+        accumulate: int,
+    ) -> None:
+        self.documents, self.collate, self.seed = documents, collate, seed
+        self.micro_batch, self.micro_batch_tokens, self.accumulate = micro_batch, micro_batch_tokens, accumulate
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
+
+    def at(self, step: int) -> list[Batch]:
+        """The micro-batches of optimizer step ``step`` (1 is the first)."""
+        return [self.collate([self.documents[i] for i in indices]) for indices in self.indices(step)]
+
+    def indices(self, step: int) -> list[list[int]]:
+        epoch, before = 0, 0
+        while step > before + len(self.epoch(epoch)):
+            before += len(self.epoch(epoch))
+            epoch += 1
+        return self.epoch(epoch)[step - before - 1]
+
+    def steps(self, epochs: float) -> int:
+        """Optimizer steps in ``epochs`` passes over the data, a started step counting whole."""
+        whole = int(epochs)
+        total = sum(len(self.epoch(e)) for e in range(whole))
+        return total + math.ceil((epochs - whole) * len(self.epoch(whole))) if epochs > whole else total
+
+    def fingerprint(self, steps: int) -> str:
+        """A hash of the data order of the first ``steps`` steps."""
+        rows = [[self.documents[i].row for i in micro] for step in range(1, steps + 1) for micro in self.indices(step)]
+        return f"{digest(rows):016x}"
+
+    def _epoch(self, epoch: int) -> list[list[list[int]]]:
+        """Steps → micro-batches → indices of examples."""
+        order = torch.randperm(len(self.documents), generator=key(self.seed, "order", epoch)).tolist()
+        micro = self.by_tokens(order) if self.micro_batch_tokens else self.by_examples(order)
+        return [micro[i : i + self.accumulate] for i in range(0, len(micro), self.accumulate)]
+
+    def by_examples(self, order: list[int]) -> list[list[int]]:
+        size = self.micro_batch or 1
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def by_tokens(self, order: list[int]) -> list[list[int]]:
+        """Fills each micro-batch in the epoch's order until the next document would not fit."""
+        budget = self.micro_batch_tokens or 1
+        micro: list[list[int]] = []
+        room = 0
+        for index in order:
+            length = len(self.documents[index].tokens)
+            if not micro or length > room:
+                micro.append([])
+                room = budget
+            micro[-1].append(index)
+            room -= length
+        return micro

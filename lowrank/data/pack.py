@@ -1,0 +1,80 @@
+"""From examples to batches: documents end to end with their boundaries, or padded where a model needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Document(Protocol):
+    """What packing reads of an example: its tokens, which of them are learnt, and its row in the data file."""
+
+    @property
+    def row(self) -> int: ...
+    @property
+    def tokens(self) -> Sequence[int]: ...
+    @property
+    def target(self) -> Sequence[bool]: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward's worth of documents.
+
+    ``inputs`` are the model's keywords. ``positions`` (targets,) index the flattened batch·seq rows whose output
+    predicts a target token, ``targets`` (targets,) are those tokens: a document's first token is never one.
+    """
+
+    inputs: dict[str, Tensor]
+    positions: Tensor
+    targets: Tensor
+    rows: tuple[int, ...]  # data rows, in order
+    real_tokens: int  # padding never counts
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {name: t.to(device, non_blocking=True) for name, t in self.inputs.items()}
+        return Batch(moved, self.positions.to(device), self.targets.to(device), self.rows, self.real_tokens)
+
+
+def pack(documents: Sequence[Document]) -> Batch:
+    """Documents end to end in one row: positions restart, ``cu_seqlens`` carries the boundaries, nothing is padded."""
+    lengths = [len(d.tokens) for d in documents]
+    edges = torch.tensor([0, *lengths]).cumsum(0)  # (documents + 1,)
+    positions, targets = target_rows(documents, edges[:-1].tolist())
+    inputs = {
+        "input_ids": torch.tensor([t for d in documents for t in d.tokens])[None],  # (1, tokens)
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],  # (1, tokens)
+        "cu_seqlens": edges,
+        # a 4D mask is passed on as it is: it keeps transformers from building one of (tokens, tokens)
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+    }
+    return Batch(inputs, positions, targets, tuple(d.row for d in documents), sum(lengths))
+
+
+def pad(documents: Sequence[Document]) -> Batch:
+    """Documents one a row, filled up on the right with token 0 that attention and loss never see."""
+    lengths = [len(d.tokens) for d in documents]
+    width = max(lengths)
+    ids = torch.zeros(len(documents), width, dtype=torch.int64)  # (documents, width)
+    for row, document in enumerate(documents):
+        ids[row, : lengths[row]] = torch.tensor(document.tokens)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]  # (documents, width)
+    positions, targets = target_rows(documents, [row * width for row in range(len(documents))])
+    inputs = {"input_ids": ids, "attention_mask": mask.long()}
+    return Batch(inputs, positions, targets, tuple(d.row for d in documents), sum(lengths))
+
+
+def target_rows(documents: Sequence[Document], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(positions, targets) of documents that begin at ``starts``: token i is predicted by the output at i − 1."""
+    pairs = [
+        (start + i - 1, document.tokens[i])
+        for document, start in zip(documents, starts, strict=True)
+        for i in range(1, len(document.tokens))
+        if document.target[i]
+    ]
+    positions, targets = zip(*pairs, strict=True) if pairs else ((), ())
+    return torch.tensor(positions, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64)

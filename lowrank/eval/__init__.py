@@ -1,0 +1,1 @@
+"""Evaluation: generation that depends on the seed alone, scores of texts, and intervals of their differences."""

@@ -1,0 +1,249 @@
+"""What each value of the configuration may be, as data: one rule a key, and the few relations between keys.
+
+``config.parse`` reads these tables; a new key is a row here, a field there and a line in its YAML.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank.errors import ConfigError, did_you_mean
+
+
+def show(value: Any) -> str:
+    """A value as a user writes it in YAML, cut to one readable line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def refuse(path: str, value: Any, wanted: str, names: tuple[str, ...] = ()) -> ConfigError:
+    """``adapter.r: 0 is not allowed; a positive integer.``"""
+    hint = did_you_mean(value, names) if isinstance(value, str) else ""
+    return ConfigError(f"{path}: {show(value)} is not allowed; {wanted}.{hint}")
+
+
+def unknown_key(path: str, allowed: Iterable[str]) -> ConfigError:
+    """``optim.lrr: unknown key. Did you mean 'lr'? Allowed: lr, weight_decay, …``"""
+    names = list(allowed)
+    listed = f" Allowed: {', '.join(names)}." if names else ""
+    return ConfigError(f"{path}: unknown key.{did_you_mean(path.rpartition('.')[2], names)}{listed}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``wanted`` ends the sentence "… is not allowed; …"; ``names`` are a choice's, for the nearest match."""
+
+    wanted: str
+    accepts: Callable[[Any], bool]
+    convert: Callable[[Any], Any] = lambda value: value
+    names: tuple[str, ...] = ()
+
+    def read(self, path: str, value: Any) -> Any:
+        """The value, converted. Raises ConfigError where it is not accepted."""
+        if not self.accepts(value):
+            raise refuse(path, value, self.wanted, self.names)
+        return self.convert(value)
+
+
+def is_number(value: Any) -> bool:
+    return (isinstance(value, float) and not math.isnan(value)) or is_integer(value)
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def integer(wanted: str, low: int) -> Rule:
+    return Rule(wanted, lambda v: is_integer(v) and v >= low)
+
+
+def number(wanted: str, holds: Callable[[float], bool]) -> Rule:
+    return Rule(wanted, lambda v: is_number(v) and holds(v), float)
+
+
+def choice(*names: str) -> Rule:
+    return Rule(f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names, names=names)
+
+
+def text(wanted: str) -> Rule:
+    return Rule(wanted, lambda v: isinstance(v, str) and bool(v.strip()))
+
+
+def texts(wanted: str) -> Rule:
+    return Rule(wanted, lambda v: isinstance(v, list) and all(isinstance(item, str) and item for item in v))
+
+
+def numbers(wanted: str, count: int, holds: Callable[[float], bool]) -> Rule:
+    return Rule(wanted, lambda v: isinstance(v, list) and len(v) == count and all(is_number(x) and holds(x) for x in v))
+
+
+def or_null(rule: Rule) -> Rule:
+    return Rule(
+        f"{rule.wanted}, or null",
+        lambda v: v is None or rule.accepts(v),
+        lambda v: None if v is None else rule.convert(v),
+        rule.names,
+    )
+
+
+def is_targets(value: Any) -> bool:
+    """A pattern, a list of patterns, or pattern → overrides (a mapping, or null for none)."""
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, (list, dict)) or not patterns:
+        return False
+    overrides = patterns.values() if isinstance(patterns, dict) else ()
+    return all(isinstance(p, str) and p.strip() for p in patterns) and all(
+        o is None or isinstance(o, dict) for o in overrides
+    )
+
+
+def to_targets(value: Any) -> Any:
+    return {p: o or {} for p, o in value.items()} if isinstance(value, dict) else value
+
+
+def is_device(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None
+
+
+POSITIVE = integer("a positive integer", 1)
+COUNT = integer("an integer, 0 or more", 0)
+FLAG = Rule("true or false", lambda v: isinstance(v, bool))
+POSITIVE_NUMBER = number("a positive number", lambda v: 0 < v < math.inf)
+NOT_NEGATIVE = number("a number, 0 or more", lambda v: 0 <= v < math.inf)
+ANY = Rule("a value", lambda v: True)  # somebody else checks it
+
+RULES: dict[str, Rule] = {
+    "model.kind": choice("smollm2", "hf", "tiny_llama", "tiny_gpt2"),
+    "model.name": or_null(text("a folder or a hub id")),
+    "model.revision": or_null(text("a branch, a tag or a commit")),
+    "model.dtype": choice("auto", "fp32", "bf16"),
+    "quant.kind": choice("none", "nf4"),
+    "quant.double": FLAG,
+    "quant.compute_dtype": or_null(choice("fp32", "bf16", "fp16")),
+    "quant.skip": texts("a list of patterns"),
+    "adapter._target_": text("the dotted path of an Adapter class, such as lowrank.adapters.LoRA"),
+    "adapter.targets": Rule(
+        "a pattern, a list of patterns or a mapping of patterns to options", is_targets, to_targets
+    ),
+    "data.kind": choice("stdlib", "jsonl", "csv"),
+    "data.path": or_null(text("a file")),
+    "data.eval_path": or_null(text("a file")),
+    "data.eval_fraction": number("a number between 0 and 1, both excluded", lambda v: 0 < v < 1),
+    "data.fields.instruction": or_null(text("a column's name")),
+    "data.fields.input": or_null(text("a column's name")),
+    "data.fields.response": or_null(text("a column's name")),
+    "data.fields.text": or_null(text("a column's name")),
+    "data.template": choice("instruction", "chat", "plain"),
+    "data.max_length": integer("an integer, 2 or more", 2),
+    "data.limit": or_null(POSITIVE),
+    "data.seed": COUNT,
+    "data.train_on": choice("response", "all"),
+    "data.on_empty": choice("error", "drop"),
+    "optim._target_": text("the dotted path of an Optimizer class, such as torch.optim.AdamW"),
+    "optim.lr": POSITIVE_NUMBER,
+    "optim.weight_decay": NOT_NEGATIVE,
+    "optim.groups": Rule(
+        "a list of {match, lr, weight_decay}",
+        lambda v: isinstance(v, list) and all(isinstance(g, dict) for g in v),
+    ),
+    "optim.groups.match": text("a pattern of parameter names, such as '*.B'"),
+    "optim.groups.lr": POSITIVE_NUMBER,
+    "optim.groups.weight_decay": NOT_NEGATIVE,
+    "optim.betas": numbers("two numbers, each from 0 up to, but not including, 1", 2, lambda v: 0 <= v < 1),
+    "optim.eps": POSITIVE_NUMBER,
+    "optim.momentum": number("a number from 0 up to, but not including, 1", lambda v: 0 <= v < 1),
+    "schedule.kind": choice(
+        *("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial"),
+        *("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay"),
+    ),
+    "schedule.warmup": number(
+        "a number of steps, or a fraction below 1", lambda v: 0 <= v < 1 or (v < math.inf and v == int(v) and v > 0)
+    ),
+    "schedule.options": Rule("a mapping", lambda v: isinstance(v, dict)),
+    "loop.steps": or_null(POSITIVE),
+    "loop.epochs": or_null(POSITIVE_NUMBER),
+    "loop.micro_batch": or_null(POSITIVE),
+    "loop.micro_batch_tokens": or_null(POSITIVE),
+    "loop.accumulate": POSITIVE,
+    "loop.max_grad_norm": number("a positive number (.inf measures without clipping)", lambda v: v > 0),
+    "loop.precision": choice("auto", "fp32", "bf16", "fp16"),
+    "loop.device": Rule("auto, cpu, cuda or cuda:N", is_device, names=("auto", "cpu", "cuda")),
+    "loop.seed": COUNT,
+    "loop.gradient_checkpointing": FLAG,
+    "eval.before": FLAG,
+    "eval.every": COUNT,
+    "eval.limit": or_null(POSITIVE),
+    "eval.generate.limit": COUNT,
+    "eval.generate.batch": POSITIVE,
+    "eval.generate.max_new_tokens": POSITIVE,
+    "eval.generate.do_sample": FLAG,
+    "eval.generate.temperature": POSITIVE_NUMBER,
+    "eval.generate.top_p": number("a number above 0, up to and including 1", lambda v: 0 < v <= 1),
+    "eval.generate.num_return_sequences": POSITIVE,
+    "eval.generate.seed": COUNT,
+    "checkpoint.every": COUNT,
+    "checkpoint.keep": POSITIVE,
+    "checkpoint.resume": FLAG,
+    "checkpoint.allow": texts("a list of what may differ on resume, such as [optim.lr, data]"),
+    "track.kind": choice("none", "tensorboard", "wandb"),
+    "track.project": text("a project's name"),
+    "track.name": or_null(text("a run's name")),
+}
+
+# Keys that mean something for some choices of their group only; elsewhere they must keep their default.
+OWNERS: dict[str, tuple[str, ...]] = {
+    "model.name": ("hf",),
+    "model.revision": ("hf",),
+    "quant.double": ("nf4",),
+    "quant.compute_dtype": ("nf4",),
+    "quant.skip": ("nf4",),
+    "data.path": ("jsonl", "csv"),
+    "data.eval_path": ("jsonl", "csv"),
+    "data.fields": ("jsonl", "csv"),
+    "track.project": ("tensorboard", "wandb"),
+    "track.name": ("tensorboard", "wandb"),
+}
+
+
+# Between keys: the key an error names, what must hold of the whole configuration, and the error's second half.
+Relation = tuple[str, Callable[[Any], bool], str]
+RELATIONS: tuple[Relation, ...] = (
+    ("model.name", lambda c: c.model.kind != "hf" or c.model.name is not None, "a folder or a hub id"),
+    ("data.path", lambda c: c.data.kind == "stdlib" or c.data.path is not None, "a file"),
+    (
+        "data.fields.instruction",
+        lambda c: c.data.template == "plain" or c.data.fields.instruction is not None,
+        "a column's name, unless data.template=plain",
+    ),
+    (
+        "data.fields.response",
+        lambda c: c.data.template == "plain" or c.data.fields.response is not None,
+        "a column's name, unless data.template=plain",
+    ),
+    (
+        "data.fields.text",
+        lambda c: c.data.template != "plain" or c.data.fields.text is not None,
+        "a column's name, because data.template=plain",
+    ),
+    (
+        "loop.steps",
+        lambda c: (c.loop.steps is None) != (c.loop.epochs is None),
+        "exactly one of loop.steps and loop.epochs, the other null",
+    ),
+    (
+        "loop.micro_batch",
+        lambda c: (c.loop.micro_batch is None) != (c.loop.micro_batch_tokens is None),
+        "exactly one of loop.micro_batch and loop.micro_batch_tokens, the other null",
+    ),
+    (
+        "eval.generate.num_return_sequences",
+        lambda c: c.eval.generate.do_sample or c.eval.generate.num_return_sequences == 1,
+        "1, unless eval.generate.do_sample=true",
+    ),
+)

@@ -1,0 +1,56 @@
+"""Numeric precision in one small object: what runs under autocast, and the loss scaling that fp16 needs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """``fp32``, ``bf16`` or ``fp16`` on a device type. The scaler does nothing unless fp16.
+
+    Parameters that train are fp32 in all three; autocast makes the matrix products half-precision.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device, self.dtype = name, device, DTYPES[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.name == "fp32" else torch.autocast(self.device.type, dtype=self.dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        self.scaler.unscale_(optimizer)
+
+    def overflowed(self, norm: float) -> bool:
+        """Whether a gradient that is not finite is the loss scale's doing: the step is then tried at half of it."""
+        return self.name == "fp16" and not torch.isfinite(torch.tensor(norm)) and self.scaler.get_scale() > 1
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.scaler.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.scaler.load_state_dict(state)
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """``auto`` is bf16 where the device has it in hardware (by capability, never by a stopwatch), else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return "bf16" if device.type == "cpu" and amx is not None and amx() else "fp32"

@@ -1,0 +1,222 @@
+"""The plan: every site counted, every slip named, before any weight changes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from lowrank.adapters import Adapter, Full, LoRA
+from lowrank.adapters.inject import apply, named_trainable
+from lowrank.adapters.plan import InjectionPlan, Rules, plan
+from lowrank.errors import ConfigError
+from lowrank.quant.convert import quantize
+
+LINEAR_OF_A_LAYER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Shared(Adapter):
+    """y = W x + diag(d) P x with one frozen P for all sites of one shape, d zero (VeRA's form, cut down)."""
+
+    @classmethod
+    def shared(
+        cls, shapes: dict[str, tuple[int, int]], *, generator: torch.Generator, **options: Any
+    ) -> dict[str, Any]:
+        [(rows, columns)] = set(shapes.values())
+        return {"P": torch.randn(rows, columns, generator=generator)}
+
+    def __init__(self, base: nn.Module, *, generator: torch.Generator, P: Tensor, scale: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("P", P)
+        self.d = nn.Parameter(torch.zeros(P.shape[0]))
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(self.P, Tensor)
+        return base(x) + self.d * (x @ self.P.T)
+
+
+def paths(model: nn.Module, rules: Rules) -> list[str]:
+    return [row.path for row in plan(model, rules).rows]
+
+
+def refused(model: nn.Module, rules: Rules) -> str:
+    before = dict(model.named_modules())
+    with pytest.raises(ConfigError) as caught:
+        plan(model, rules)
+    assert dict(model.named_modules()) == before
+    return str(caught.value)
+
+
+def test_all_linear_is_every_linear_layer_but_the_head(llama: LlamaForCausalLM, gpt2: GPT2LMHeadModel) -> None:
+    names = [path.rpartition(".")[2] for path in paths(llama, {"all-linear": LoRA})]
+    assert names == LINEAR_OF_A_LAYER * 2
+    conv = [path for path, module in gpt2.named_modules() if isinstance(module, Conv1D)]
+    assert paths(gpt2, {"all-linear": LoRA}) == conv
+    assert paths(quantize(llama), {"all-linear": LoRA}) == paths(copy.deepcopy(llama), {"all-linear": LoRA})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        ("q_proj", 2),
+        ("*.q_proj", 2),
+        ("*.layers.1.*", 7),
+        ("re:.*layers\\.0\\..*(q|v)_proj", 2),
+        (nn.Linear, 15),
+        (nn.Embedding, 1),
+        ("embedding", 1),
+        ("lm_head", 1),
+        ("*", 16),  # of all modules, those that LoRA takes
+    ],
+)
+def test_a_pattern_is_a_glob_a_bare_name_a_regular_expression_a_type_or_a_keyword(
+    llama: LlamaForCausalLM, pattern: str | type[nn.Module], count: int
+) -> None:
+    assert len(paths(llama, {pattern: LoRA})) == count
+
+
+def test_a_bare_name_is_the_whole_last_part_of_a_path(llama: LlamaForCausalLM) -> None:
+    assert "'proj' matches no module" in refused(llama, {"proj": LoRA})
+    assert "'_proj' matches no module" in refused(llama, {"_proj": LoRA})
+
+
+def test_a_misspelt_target_among_right_ones_is_an_error(llama: LlamaForCausalLM) -> None:
+    text = refused(llama, {"v_proj": LoRA, "q_porj": LoRA})
+    assert text == "adapter.targets: 'q_porj' matches no module. Nearest: 'q_proj' (2 modules)."
+
+
+def test_a_misspelt_glob_names_the_nearest_part(llama: LlamaForCausalLM) -> None:
+    assert refused(llama, {"*.dwon_proj": LoRA}).endswith("Nearest: 'down_proj' (2 modules).")
+
+
+def test_a_doubly_claimed_site_is_an_error_that_names_both_rules(llama: LlamaForCausalLM) -> None:
+    text = refused(llama, {"q_proj": LoRA, "*.layers.0.*": partial(LoRA, r=2)})
+    assert "'q_proj' and '*.layers.0.*' both claim model.layers.0.self_attn.q_proj" in text
+
+
+def test_a_site_of_a_kind_the_adapter_does_not_take_is_an_error(llama: LlamaForCausalLM) -> None:
+    assert "LlamaAttention" in refused(llama, {"self_attn": LoRA})
+    assert "Shared adapts linear sites only" in refused(llama, {"embedding": Shared})
+
+
+def test_an_invalid_regular_expression_is_a_configuration_error(llama: LlamaForCausalLM) -> None:
+    assert "'re:(q_proj'" in refused(llama, {"re:(q_proj": LoRA})
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"r": 0}, "adapter.r: 0 is not allowed; a positive integer."),
+        ({"r": 2.0}, "adapter.r: 2.0 is not allowed; a positive integer."),
+        ({"r": True}, "adapter.r: True is not allowed; a positive integer."),
+        ({"alpha": -1}, "adapter.alpha: -1 is not allowed; a positive number."),
+        ({"alpha": float("nan")}, "adapter.alpha: nan is not allowed; a positive number."),
+        ({"dropout": 1.0}, "adapter.dropout: 1.0 is not allowed; a number from 0 up to, but not including, 1."),
+        ({"rslora": "yes"}, "adapter.rslora: yes is not allowed; true or false."),
+        ({"rnak": 8}, "adapter.rnak: unknown key. Allowed: r, alpha, dropout, rslora."),
+        ({"drpout": 0.1}, "adapter.drpout: unknown key. Did you mean 'dropout'? Allowed: r, alpha, dropout, rslora."),
+    ],
+)
+def test_a_bad_option_is_an_error_of_the_plan(llama: LlamaForCausalLM, options: dict[str, Any], text: str) -> None:
+    assert refused(llama, {"q_proj": partial(LoRA, **options)}) == text
+
+
+def test_a_factory_that_is_no_adapter_class_is_an_error(llama: LlamaForCausalLM) -> None:
+    rules: Any = {"q_proj": nn.Linear}
+    assert "neither an Adapter class nor functools.partial of one" in refused(llama, rules)
+
+
+def test_counts_are_those_of_the_adapters_that_apply_builds(model: nn.Module) -> None:
+    rules: Rules = {"all-linear": partial(LoRA, r=3), "embedding": partial(LoRA, r=2)}
+    made = plan(model, rules)
+    total = sum(p.numel() for p in model.parameters())
+    assert made.total_parameters == total
+    apply(model, made)
+    assert made.trainable_parameters == sum(p.numel() for p in named_trainable(model).values())
+    for row in made.rows:
+        assert row.parameters == row.options["r"] * sum(row.shape)
+
+
+def test_a_plan_is_the_same_on_the_meta_device(llama: LlamaForCausalLM) -> None:
+    rules: Rules = {"all-linear": partial(LoRA, r=3)}
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(llama.config)
+    assert plan(empty, rules) == plan(llama, rules)
+    assert plan(quantize(empty), rules) == plan(quantize(llama), rules)
+
+
+def test_quantised_weights_count_by_their_logical_shape(model: nn.Module) -> None:
+    total = sum(p.numel() for p in model.parameters())
+    assert plan(quantize(model), {"all-linear": LoRA}).total_parameters == total
+
+
+def test_sites_stand_in_the_order_of_the_model_whatever_the_order_of_the_rules(llama: LlamaForCausalLM) -> None:
+    one: Rules = {"v_proj": LoRA, "q_proj": LoRA}
+    other: Rules = {"q_proj": LoRA, "v_proj": LoRA}
+    assert plan(llama, one) == plan(llama, other)
+
+
+def test_a_plan_prints_every_site_and_its_totals(llama: LlamaForCausalLM) -> None:
+    made = plan(llama, {"*.q_proj": partial(LoRA, r=8), "*.v_proj": partial(LoRA, r=4)})
+    text = str(made)
+    for row in made.rows:
+        [line] = [line for line in text.splitlines() if line.startswith(f"{row.path} ")]
+        assert f"{row.shape[0]}×{row.shape[1]}" in line
+        assert f"LoRA(r={row.options['r']})" in line
+        assert line.endswith(f" {row.parameters:,}")
+    assert f"4 rows, {made.trainable_parameters:,} trainable parameters" in text
+    assert f"{made.total_parameters:,}" in text
+
+
+def test_a_plan_goes_through_json_unchanged(llama: LlamaForCausalLM) -> None:
+    made = plan(llama, {"all-linear": partial(LoRA, r=2, alpha=3.5, rslora=True)})
+    assert InjectionPlan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_sites_of_one_parent_with_one_width_share_a_group(llama: LlamaForCausalLM) -> None:
+    groups = {row.path: row.group for row in plan(llama, {"all-linear": LoRA}).rows}
+    layer = "model.layers.0"
+    attention = [groups[f"{layer}.self_attn.{name}"] for name in ("q_proj", "k_proj", "v_proj")]
+    assert len(set(attention)) == 1
+    assert groups[f"{layer}.mlp.gate_proj"] == groups[f"{layer}.mlp.up_proj"] != groups[f"{layer}.mlp.down_proj"]
+    assert groups[f"{layer}.self_attn.q_proj"] != groups["model.layers.1.self_attn.q_proj"]
+
+
+def test_3d_expert_weights_are_named_as_not_covered() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 8, 8))
+
+    made = plan(nn.Sequential(nn.Linear(8, 8), Experts(), nn.Conv1d(2, 2, 3)), {"all-linear": LoRA})
+    assert made.notes == ("not covered: 3D expert weights: 256 parameters in 1 sites",)
+    assert made.notes[0] in str(made)
+
+
+def test_full_names_parameters_by_glob_bare_name_or_module(llama: LlamaForCausalLM, gpt2: GPT2LMHeadModel) -> None:
+    assert paths(llama, {"*": Full}) == [name for name, _ in llama.named_parameters()]
+    assert paths(gpt2, {"*": Full}) == [name for name, _ in gpt2.named_parameters()]  # the tied head once
+    norms = [name for name, _ in llama.named_parameters() if "norm" in name]
+    assert paths(llama, {"*norm*": Full}) == norms
+    assert paths(gpt2, {"bias": Full}) == [name for name, _ in gpt2.named_parameters() if name.endswith(".bias")]
+    assert paths(llama, {"q_proj": Full}) == [f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1)]
+    assert "'*.biass' matches no parameter. Nearest: 'bias'" in refused(gpt2, {"*.biass": Full})
+
+
+def test_full_refuses_quantised_weights(llama: LlamaForCausalLM) -> None:
+    assert "NF4 weights cannot train (14 sites" in refused(quantize(llama), {"*": Full})
+
+
+def test_an_adapter_that_shares_values_between_sites_is_planned_and_applied(llama: LlamaForCausalLM) -> None:
+    made = plan(llama, {"q_proj": partial(Shared, scale=2.0)})
+    assert made.trainable_parameters == 2 * 32
+    apply(llama, made, seed=1)
+    first, second = (llama.model.layers[n].self_attn.q_proj.adapter for n in (0, 1))
+    assert torch.equal(first.P, second.P)

@@ -1,0 +1,36 @@
+"""Trains one run, or with -m a sweep. ``python train.py --help`` says how."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from lowrank import compose, config
+
+os.environ.setdefault("LOWRANK_OUTPUTS", str(Path(__file__).resolve().parent / "outputs"))
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises; what a user reads is ours
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(node: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        settings = config.parse(node)
+        from lowrank import run  # imports torch, which --help and --cfg do not wait for
+
+        run.train(settings, folder)
+    except (Exception, KeyboardInterrupt) as error:
+        compose.discard(folder)  # if nothing is in it: nothing was trained
+        sys.exit(compose.report(error))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(compose.report(error))
