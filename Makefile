@@ -29,7 +29,7 @@ lint: setup  ## ruff (lint and format) and mypy
 	$(BIN)/mypy
 
 test: lint  ## set-up, lint, types and the fast tests
-	$(BIN)/python -m pytest -n 2 -m "not slow and not cuda"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not cuda"
 
 test-all: lint  ## every test that this machine can run
 	$(BIN)/python -m pytest -m "not cuda"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -22,8 +23,11 @@ def main(node: DictConfig) -> None:
     try:
         settings = config.parse(node)
         from lowrank import run  # imports torch, which --help and --cfg do not wait for
+        from lowrank.report import terminal
 
-        run.train(settings, folder)
+        command = shlex.join(["python", "train.py", *HydraConfig.get().overrides.task])
+        done = run.train(settings, folder, command)
+        terminal.closing(folder, done.summary, done.samples)
     except (Exception, KeyboardInterrupt) as error:
         compose.discard(folder)  # if nothing is in it: nothing was trained
         sys.exit(compose.report(error))

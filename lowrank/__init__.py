@@ -16,6 +16,7 @@ The public names, loaded when they are first used, so that ``import lowrank`` co
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from lowrank.export.peft import export_peft, import_peft
     from lowrank.quant.convert import quantize
     from lowrank.run import Run, open
+
+    train: Callable[[list[str], str | Path], Run]
 
 __version__ = "0.1.0"
 
@@ -62,14 +65,19 @@ __all__ = [
 ]
 
 
-def train(overrides: list[str], folder: str | Path) -> Run:
-    """``python train.py OVERRIDES`` with its run directory at ``folder``; raises ``lowrank.errors`` instead of exiting."""
+def train_run(overrides: list[str], folder: str | Path) -> Run:
+    """``lowrank.train(overrides, folder)``: what ``python train.py OVERRIDES`` does, in the run directory ``folder``.
+
+    Raises ``lowrank.errors`` where the command would exit.
+    """
     from lowrank import compose, run
 
     return run.train(compose.compose(list(overrides)), Path(folder))
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":
+        return importlib.import_module("lowrank.train")  # callable
     if name not in HOMES:
         raise AttributeError(f"module 'lowrank' has no attribute '{name}'")
     return getattr(importlib.import_module(f"lowrank.{HOMES[name]}"), name)

@@ -1,7 +1,7 @@
-"""From a configuration to everything a run needs, in an order in which what is wrong shows before it costs time.
+"""From a configuration to the parts of a run, in an order in which what is wrong shows before it costs time.
 
-``prepare`` reads no weight: the plan is made on the meta device and the data are tokenised. ``load`` reads the
-weights, quantises, and finds out whether this model's documents can be packed.
+``parts`` reads no weight: the plan is made on the meta device. ``data`` reads and tokenises the examples. ``load``
+reads the weights, quantises, and finds out whether this model's documents can be packed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank import classes
 from lowrank.adapters.base import Adapter
-from lowrank.adapters.plan import InjectionPlan, Rules, plan
+from lowrank.adapters.plan import InjectionPlan, Rules, plan, resolve
 from lowrank.config import Config
 from lowrank.data import chat, sources
 from lowrank.data.order import Batches
-from lowrank.data.pack import Batch, pack, pad
+from lowrank.data.pack import Batch, Document, pack, pad
 from lowrank.errors import ConfigError
 from lowrank.models import attention
 from lowrank.models import load as models
@@ -33,8 +33,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """All that can be known without a weight."""
+class Parts:
+    """What a configuration resolves to on this machine, known without a weight."""
 
     config: Config
     device: torch.device
@@ -42,22 +42,47 @@ class Prepared:
     dtype: torch.dtype  # of the base's dense weights
     plan: InjectionPlan
     tokenizer: PreTrainedTokenizerBase
-    split: sources.Split
-    train: list[chat.Example]
-    eval: list[chat.Example]
-    notes: tuple[str, ...]  # what the user should know
+
+    def __str__(self) -> str:
+        config, plan = self.config, self.plan
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{config.model.name or config.model.kind} ({dtype}, quant {config.quant.kind}) on {self.device}, "
+            f"precision {self.precision}, {torch.get_num_threads()} threads; {len(plan.rows)} sites, "
+            f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters train"
+        )
 
 
-def prepare(config: Config) -> Prepared:
-    """Raises ConfigError or DataError for everything that a configuration, a plan or the data can have wrong."""
+def parts(config: Config) -> Parts:
+    """Raises ConfigError for a model that is not there, targets that match nothing, a device that is missing."""
     device = resolve_device(config.loop.device)
     precision = precisions.resolve(config.loop.precision, device)
     planned = plan(skeleton(config), rules(config))
-    tokenizer = models.tokenizer(config.model)
+    dtype = resolve_dtype(config, precision, planned)
+    return Parts(config, device, precision, dtype, planned, models.tokenizer(config.model))
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples of a run, tokenised."""
+
+    split: sources.Split
+    train: list[chat.Example]
+    eval: list[chat.Example]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        first = f"data: {self.split.name}, {len(self.train):,} examples to train on, {len(self.eval):,} held out"
+        return "\n".join([first, *self.notes])
+
+
+def data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Raises DataError for what a file, a column or a row has wrong."""
     split = sources.load(config.data)
-    kept, notes = [], []
+    kept: dict[str, list[chat.Example]] = {}
+    notes = []
     for what, records in (("train", split.train), ("eval", split.eval)):
-        examples, dropped = chat.examples(
+        kept[what], dropped = chat.examples(
             records,
             tokenizer,
             template=config.data.template,
@@ -66,13 +91,9 @@ def prepare(config: Config) -> Prepared:
             on_empty=config.data.on_empty,
             what=what,
         )
-        kept.append(examples)
         if dropped:
             notes.append(f"data: {dropped:,} {what} examples without a target token dropped")
-    dtype = resolve_dtype(config, precision, planned)
-    return Prepared(
-        config, device, precision, dtype, planned, tokenizer, split, kept[0], kept[1], (*planned.notes, *notes)
-    )
+    return Data(split, kept["train"], kept["eval"], tuple(notes))
 
 
 def skeleton(config: Config) -> nn.Module:
@@ -103,11 +124,9 @@ def rules(config: Config) -> Rules:
 def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"loop.device: '{name}' is not here; this machine has {torch.cuda.device_count()} CUDA devices."
-        )
+    device, there = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise ConfigError(f"loop.device: '{name}' is not here; this machine has {there} CUDA devices.")
     return device
 
 
@@ -115,31 +134,28 @@ def resolve_dtype(config: Config, precision: str, planned: InjectionPlan) -> tor
     """``auto``: bf16 for a frozen base under bf16, else fp32 (a base that trains needs its small updates)."""
     if config.model.dtype != "auto":
         return DTYPES[config.model.dtype]
-    frozen = all("parameter" not in _sites(row.adapter) for row in planned.rows)
+    frozen = all("parameter" not in resolve(row.adapter).sites for row in planned.rows)
     return torch.bfloat16 if frozen and precision == "bf16" else torch.float32
-
-
-def _sites(adapter: str) -> tuple[str, ...]:
-    return classes.resolve(adapter, Adapter, "adapter._target_").sites  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
 class Loaded:
     """The base, ready for its adapters, and how its documents are put into batches."""
 
-    model: nn.Module
-    collate: Callable[[Sequence[chat.Example]], Batch]
+    model: Any  # a transformers causal LM
+    collate: Callable[[Sequence[Document]], Batch]
     notes: tuple[str, ...]
 
 
-def load(prepared: Prepared) -> Loaded:
-    config = prepared.config
-    model = base(config, prepared.dtype).to(prepared.device)
+def load(parts: Parts) -> Loaded:
+    config = parts.config
+    model: Any = base(config, parts.dtype).to(parts.device)
     notes = [str(report(model))] if config.quant.kind == "nf4" else []
+    plain = model.config._attn_implementation
     why_not = attention.install(model) or attention.cannot_pack(model)
     if why_not:
         notes.append(f"documents are padded, not packed: {why_not}")
-        model.set_attn_implementation("eager" if not getattr(model, "_supports_sdpa", False) else "sdpa")
+        model.set_attn_implementation(plain)
     if config.loop.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Loaded(model, pad if why_not else pack, tuple(notes))
@@ -159,10 +175,10 @@ def base(config: Config, dtype: torch.dtype) -> nn.Module:
     return quantize(models.weights(config.model, dtype), **options)
 
 
-def batches(prepared: Prepared, loaded: Loaded) -> Batches:
-    loop = prepared.config.loop
+def batches(config: Config, data: Data, loaded: Loaded) -> Batches:
+    loop = config.loop
     return Batches(
-        prepared.train,
+        data.train,
         loaded.collate,
         seed=loop.seed,
         micro_batch=loop.micro_batch,
@@ -173,11 +189,9 @@ def batches(prepared: Prepared, loaded: Loaded) -> Batches:
 
 def steps_and_schedule(config: Config, order: Batches) -> tuple[int, Schedule]:
     """Optimizer steps of the whole run, and the learning rate's factor at each."""
-    steps = config.loop.steps or order.steps(config.loop.epochs or 1)
+    total = config.loop.steps or order.steps(config.loop.epochs or 1)
+    wanted = config.schedule
     try:
-        made = schedule(
-            config.schedule.kind, warmup=config.schedule.warmup, total=steps, options=config.schedule.options
-        )
+        return total, schedule(wanted.kind, warmup=wanted.warmup, total=total, options=wanted.options)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return steps, made

@@ -47,13 +47,35 @@ MORE_KINDS = {"schedule": " Other kinds of schedule: schedule.kind=NAME."}
 
 def compose(overrides: list[str], config_dir: Path | None = None) -> config.Config:
     """The configuration of ``python train.py OVERRIDES``. Raises ConfigError."""
+    return config.parse(compose_node(overrides, config_dir))
+
+
+def compose_node(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
     folder = (config_dir or find_conf()).resolve()
     try:
         with fresh_hydra(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(folder)):
-            node = hydra.compose("config", overrides=list(overrides))
+            return hydra.compose("config", overrides=list(overrides))
     except Exception as error:
         raise translate(error) from error
-    return config.parse(node)
+
+
+def changed(base: config.Config, overrides: list[str], allowed: tuple[str, ...]) -> config.Config:
+    """``base`` with overrides of the ``allowed`` groups: ``data=jsonl`` takes the group anew, ``data.limit=5`` a key.
+
+    Raises ConfigError for another group, a misspelt key, or a value out of range.
+    """
+    for override in overrides:
+        group = override.lstrip("+").partition("=")[0].split(".")[0]
+        if group not in allowed:
+            raise ConfigError(f"{override}: only {' and '.join(allowed)} may differ from the run's.")
+    tree = base.to_dict()
+    choices = {override.partition("=")[0] for override in overrides if "." not in override.partition("=")[0]}
+    fresh = compose_node([*overrides]) if choices else None
+    for group in choices:
+        assert fresh is not None
+        tree[group] = OmegaConf.to_container(fresh[group], resolve=True)
+    rest = [o.lstrip("+") for o in overrides if o.partition("=")[0].split(".")[0] not in choices]
+    return config.parse(OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(rest)))  # type: ignore[arg-type]
 
 
 def find_conf() -> Path:

@@ -23,6 +23,8 @@ from lowrank.eval.heldout import held_out
 from lowrank.eval.scores import rouge_l, scores
 from lowrank.eval.stats import bootstrap
 from lowrank.keys import key
+from lowrank.train.hooks import Hook, StepRecord
+from lowrank.train.metrics import Metrics
 
 DOCUMENTS = 16  # of a held-out batch
 
@@ -108,3 +110,28 @@ class Evaluator:
             {"row": e.row, "prompt": e.prompt, "reference": e.reference, "base": b, "tuned": t}
             for e, b, t in zip(self.sampled, base, after.texts, strict=False)
         ]
+
+
+class PeriodicEvaluation(Hook):
+    """The held-out loss every so many steps and after the last; it only looks, so a run's weights cannot tell."""
+
+    def __init__(
+        self, evaluator: Evaluator, model: nn.Module, metrics: Metrics, tracker: Any, every: int, last: int
+    ) -> None:
+        self.evaluator, self.model, self.metrics, self.tracker = evaluator, model, metrics, tracker
+        self.every, self.last = every, last
+        self.found: tuple[int, dict[str, float]] | None = None
+
+    def after_step(self, record: StepRecord) -> None:
+        if record.step == self.last or (self.every and record.step % self.every == 0):
+            self.found = (record.step, self.evaluator.held_out(self.model))
+            self.metrics.write({"event": "eval", "step": record.step, **self.found[1]})
+            if self.tracker is not None:
+                self.tracker.evaluated(*self.found)
+
+    def loss_at(self, step: int) -> float | None:
+        return self.found[1]["loss"] if self.found and self.found[0] == step else None
+
+    def latest(self, step: int) -> dict[str, float]:
+        """Of this very step: a run resumed at its end has not evaluated it yet."""
+        return self.found[1] if self.found and self.found[0] == step else self.evaluator.held_out(self.model)

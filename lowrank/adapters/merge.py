@@ -70,7 +70,7 @@ def merge(model: Model, probe: Tensor | None = None) -> tuple[Model, MergeReport
         rows.append(row)
     result = copy.deepcopy(model, memo)  # deepcopy takes what the memo already holds: the merged sites
     result.requires_grad_(False)
-    notes = untie(model, result)
+    notes = untie(result)
     difference, scale = compare(model, result, probe)
     return result, MergeReport(tuple(rows), difference, scale, notes)
 
@@ -108,7 +108,7 @@ def like(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     return new.train(base.training)
 
 
-def untie(model: nn.Module, result: nn.Module) -> tuple[str, ...]:
+def untie(result: Any) -> tuple[str, ...]:
     """Two sites over one tensor: an adapter on one of them merges into that one alone, so the tie must end."""
     config = getattr(result, "config", None)
     if config is None or not getattr(config, "tie_word_embeddings", False):
@@ -123,10 +123,10 @@ def untie(model: nn.Module, result: nn.Module) -> tuple[str, ...]:
 @torch.no_grad()
 def compare(model: nn.Module, result: nn.Module, probe: Tensor | None) -> tuple[float | None, float | None]:
     config = getattr(model, "config", None)
-    if probe is None and getattr(config, "vocab_size", None) is None:
+    if config is None:
         return None, None
     if probe is None:
-        probe = torch.randint(0, config.vocab_size, (2, 16), generator=key(0, "merge probe"))
+        probe = torch.randint(0, config.get_text_config().vocab_size, (2, 16), generator=key(0, "merge probe"))
     probe = probe.to(next(model.parameters()).device)
     with evaluating(model), evaluating(result):
         wrapped, merged = model(input_ids=probe).logits, result(input_ids=probe).logits

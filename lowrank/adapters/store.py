@@ -1,4 +1,4 @@
-"""An adapter as a folder: ``adapter.safetensors`` (tensors by the bare model's names) and ``adapter.json`` (the plan)."""
+"""An adapter as a folder: ``adapter.safetensors`` (by the bare model's names) and ``adapter.json`` (the plan)."""
 
 from __future__ import annotations
 

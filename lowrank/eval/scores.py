@@ -2,7 +2,8 @@
 
 ROUGE is the rouge-score package's, without stemming (which is for English alone), over a tokenizer that reads
 every script: the package's own drops each letter that is not ASCII, so that Russian or Chinese scores 0. On
-ASCII text the two are the same. BLEU and chrF are sacrebleu's corpus scores with its defaults, which the signatures name.
+ASCII text the two are the same. BLEU and chrF are the corpus scores of sacrebleu with its defaults, which the
+signatures name.
 """
 
 from __future__ import annotations

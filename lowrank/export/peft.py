@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank.adapters.base import shape
 from lowrank.adapters.inject import apply, current_plan
 from lowrank.adapters.lora import LoRA
-from lowrank.adapters.plan import adapted, plan, site_kind, sites
+from lowrank.adapters.plan import Factory, Pattern, adapted, plan, site_kind, sites
 from lowrank.adapters.store import load_state
 from lowrank.errors import ConfigError, RefusedError, nearest
 from lowrank.export.peft_config import CONFIG, PeftLoRA, read_config
@@ -141,23 +141,24 @@ def import_peft(model: Model, folder: str | Path, name: str | None = None) -> Mo
     fits(folder / TENSORS, model, factors)
     refuse_other_base(folder / TENSORS, model, copies)
     refuse_missing_sites(folder / TENSORS, model, config, factors)
-    rules: dict[tuple[Any, ...], list[str]] = {}
-    for path, pair in factors.items():
-        r, alpha = pair["A"].shape[0], config.alpha_of(path)
-        config.check_rank(path, r)
-        rules.setdefault((r, alpha), []).append(path)
-    planned = plan(
-        model,
-        {
-            f"re:{'|'.join(map(re.escape, paths))}": partial(
-                LoRA, r=r, alpha=alpha, dropout=config.dropout, rslora=config.rslora
-            )
-            for (r, alpha), paths in rules.items()
-        },
-    )
-    apply(model, planned)
+    apply(model, plan(model, rules(config, factors)))
     fill(model, factors)
     return model
+
+
+def rules(config: PeftLoRA, factors: Factors) -> dict[Pattern, Factory]:
+    """A rule for all sites of one rank and alpha."""
+    paths: dict[tuple[int, float], list[str]] = {}
+    for path, pair in factors.items():
+        r = pair["A"].shape[0]
+        config.check_rank(path, r)
+        paths.setdefault((r, config.alpha_of(path)), []).append(path)
+    return {
+        f"re:{'|'.join(map(re.escape, group))}": partial(
+            LoRA, r=r, alpha=alpha, dropout=config.dropout, rslora=config.rslora
+        )
+        for (r, alpha), group in paths.items()
+    }
 
 
 def fill(model: nn.Module, factors: Factors) -> None:

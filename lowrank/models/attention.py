@@ -8,6 +8,7 @@ Without ``cu_seqlens`` (padded batches, generation) it is transformers' own SDPA
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def attention(
     edges = cu_seqlens.tolist()
     documents = [
         document_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], window, kwargs)
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in pairwise(edges)
     ]
     return torch.cat(documents, dim=1), None  # (1, tokens, heads, head width)
 
@@ -80,7 +81,7 @@ def no_mask(device: torch.device) -> Tensor:
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
-def install(model: nn.Module) -> str | None:
+def install(model: Any) -> str | None:
     """Makes the model use this attention; returns why it cannot, or None."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
@@ -94,7 +95,7 @@ def install(model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def cannot_pack(model: nn.Module) -> str | None:
+def cannot_pack(model: Any) -> str | None:
     """Why packed documents would not be what they are alone, or None where they are exact: tried on this model,
     which must be in evaluation mode.
 
@@ -121,12 +122,12 @@ def cannot_pack(model: nn.Module) -> str | None:
     return None
 
 
-def has_experts(model: nn.Module) -> bool:
+def has_experts(model: Any) -> bool:
     config = model.config.get_text_config()
     return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
-def logits_of(model: nn.Module, documents: list[Tensor]) -> Tensor:
+def logits_of(model: Any, documents: list[Tensor]) -> Tensor:
     """(tokens, vocabulary) logits of documents packed end to end."""
     device = next(model.parameters()).device
     lengths = [len(document) for document in documents]
@@ -139,7 +140,7 @@ def logits_of(model: nn.Module, documents: list[Tensor]) -> Tensor:
     ).logits[0]
 
 
-def logits_alone(model: nn.Module, document: Tensor) -> Tensor:
+def logits_alone(model: Any, document: Tensor) -> Tensor:
     """(tokens, vocabulary) logits of one document on the model's ordinary path."""
     device = next(model.parameters()).device
     return model(input_ids=document[None].to(device), use_cache=False).logits[0]

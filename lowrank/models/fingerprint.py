@@ -28,7 +28,7 @@ def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's type, shape and bytes, wherever it lies and however it is strided."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     hashed = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    hashed.update(memoryview(flat.numpy()))
+    hashed.update(flat.numpy().data)
     return hashed.hexdigest()
 
 

@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -31,7 +31,8 @@ class QuantReport:
         if not self.layers:
             return "nf4: no linear weights to quantise"
         return (
-            f"nf4: {self.layers} linear weights, {self.before / 2**20:,.1f} MiB in fp32 → {self.after / 2**20:,.1f} MiB "
+            f"nf4: {self.layers} linear weights, {self.before / 2**20:,.1f} MiB in fp32 → "
+            f"{self.after / 2**20:,.1f} MiB "
             f"({self.before / self.after:.2f}×, {32 * self.after / self.before:.2f} bits a weight)"
         )
 
@@ -53,7 +54,7 @@ def quantize(
         raise ConfigError(f"quant: '{kind}' is unknown. Allowed: nf4.")
     for path in quantizable(model, skip):
         parent, _, name = path.rpartition(".")
-        layer = model.get_submodule(path)
+        layer: Any = model.get_submodule(path)
         weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # (out, in)
         new = NF4Linear.from_dense(weight, layer.bias, double=double, compute_dtype=compute_dtype)
         setattr(model.get_submodule(parent), name, new.train(layer.training))
@@ -106,7 +107,7 @@ def load_quantized(
     filled: set[str] = set()
     for name, tensor in tensors_of(files):
         path, _, leaf = name.rpartition(".")
-        layer = skeleton.get_submodule(path)
+        layer: Any = skeleton.get_submodule(path)
         if path in targets and leaf == "weight":
             weight = tensor.T if isinstance(layer, Conv1D) else tensor
             new = NF4Linear.from_dense(weight.to(dtype), None, double=double, compute_dtype=compute_dtype)

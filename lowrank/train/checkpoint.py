@@ -80,7 +80,7 @@ def verify(path: Path) -> str | None:
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with each newer one."""
-    wrong = []
+    wrong: list[str] = []
     for path in reversed(committed(folder)):
         fault = verify(path)
         if fault is None:

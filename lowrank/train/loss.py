@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -34,7 +33,7 @@ def target_loss(model: nn.Module, batch: TargetBatch) -> Tensor:
 
 def target_logits(model: nn.Module, batch: TargetBatch) -> Tensor:
     rows, width = batch.inputs["input_ids"].shape
-    if not keeps_logits(type(model)):
+    if not keeps_logits(model):
         logits = model(**batch.inputs, use_cache=False).logits  # (rows, width, vocabulary)
         return logits.flatten(0, 1)[batch.positions]
     # logits_to_keep names columns of the (rows, width) grid; a pack has one row, so there it names exactly the targets
@@ -45,6 +44,6 @@ def target_logits(model: nn.Module, batch: TargetBatch) -> Tensor:
     return logits[batch.positions // width, at]
 
 
-@lru_cache
-def keeps_logits(model: type[nn.Module]) -> bool:
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether the model takes ``logits_to_keep``."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -27,7 +27,10 @@ pytestmark = [
 
 SITES = {
     "one rank": ("llama", {"q_proj": {"r": 4}, "v_proj": {"r": 4}}),
-    "mixed": ("llama", {"q_proj": {"r": 8, "alpha": 3.0}, "*.0.*.v_proj": {"r": 2}, "down_proj": {"r": 3, "rslora": True}}),
+    "mixed": (
+        "llama",
+        {"q_proj": {"r": 8, "alpha": 3.0}, "*.0.*.v_proj": {"r": 2}, "down_proj": {"r": 3, "rslora": True}},
+    ),
     "all-linear": ("llama", {"all-linear": {"r": 4, "alpha": 7}}),
     "embedding": ("llama", {"embedding": {"r": 4}, "q_proj": {"r": 2}}),
     "head": ("llama", {"lm_head": {"r": 5}}),

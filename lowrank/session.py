@@ -1,0 +1,293 @@
+"""One training run, from its assembled parts to its finished directory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from lowrank import assemble, classes, directory
+from lowrank.adapters import preflight, store
+from lowrank.adapters.inject import adapter_state, apply, named_trainable
+from lowrank.adapters.plan import adapted, resolve
+from lowrank.assemble import Data, Loaded, Parts
+from lowrank.directory import Log
+from lowrank.errors import Interrupted, NumericsError, RefusedError
+from lowrank.evaluate import Evaluation, Evaluator, PeriodicEvaluation
+from lowrank.identity import identity, versions
+from lowrank.keys import Clock
+from lowrank.models.cache import cache
+from lowrank.models.fingerprint import base_id, fingerprint
+from lowrank.report import run as report
+from lowrank.track import tracker
+from lowrank.train import checkpoint, optim
+from lowrank.train.hooks import Hook
+from lowrank.train.loop import Loop, State, peak_memory_mb
+from lowrank.train.loss import target_logits, target_loss
+from lowrank.train.metrics import Metrics
+from lowrank.train.precision import Precision
+from lowrank.train.progress import ProgressLine
+from lowrank.train.stopping import stopping_on_signals
+
+
+class Session:
+    """One run from its assembled parts to its finished directory."""
+
+    def __init__(self, parts: Parts, data: Data, loaded: Loaded, folder: Path, log: Log, command: str | None) -> None:
+        self.parts, self.loaded, self.folder, self.log, self.command = parts, loaded, folder, log, command
+        self.data = data
+        self.config, self.model = parts.config, loaded.model
+        self.precision = Precision(parts.precision, parts.device)
+        self.base = fingerprint(self.model)
+        self.identity = identity(
+            self.config,
+            plan=parts.plan,
+            data=data.split.sha256,
+            base=base_id(self.base),
+            precision=parts.precision,
+            device=parts.device.type,
+        )
+        self.saved = self.checkpoint_to_resume()
+        self.evaluator = Evaluator(
+            parts.tokenizer,
+            data.eval,
+            self.config.eval,
+            collate=loaded.collate,
+            loss=target_loss,
+            autocast=self.precision.autocast,
+            seed=self.config.data.seed,
+        )
+
+    def checkpoint_to_resume(self) -> checkpoint.Saved | None:
+        if not self.config.checkpoint.resume:
+            return None
+        path, wrong = checkpoint.newest(self.folder / directory.CHECKPOINTS)
+        for fault in wrong:
+            self.log.say(f"{fault}; using {path.name if path else 'none'}.")
+        if path is None:
+            if wrong:
+                raise RefusedError(f"{self.folder}: no checkpoint verifies, so there is nothing to resume from.")
+            self.log.say("nothing to resume from; starting at step 1")
+            return None
+        saved = checkpoint.read(path)
+        changed = checkpoint.differences(saved.state["identity"], self.identity)
+        allowed = self.config.checkpoint.allow
+        refused = {
+            name: how for name, how in changed.items() if name not in allowed and name.split(".")[0] not in allowed
+        }
+        if refused:
+            what = "; ".join(f"{name} {how}" for name, how in refused.items())
+            raise RefusedError(f"resume refused: {what}. To accept: 'checkpoint.allow=[{','.join(refused)}]'.")
+        self.log.say(f"resuming after step {saved.state['loop']['step']} from {path}")
+        return saved
+
+    @property
+    def finished(self) -> bool:
+        summary = directory.read_json(self.folder / directory.SUMMARY)
+        return self.saved is not None and summary.get("status") == "done"
+
+    def run(self) -> None:
+        """Trains to the end; raises NumericsError or Interrupted, after saving, where it stops before."""
+        before = self.evaluate_base() if self.config.eval.before else None
+        clock = Clock(self.config.loop.seed)
+        self.apply_checked(clock)
+        order = assemble.batches(self.config, self.data, self.loaded)
+        steps, schedule = assemble.steps_and_schedule(self.config, order)
+        self.loop = Loop(
+            model=self.model,
+            parameters=named_trainable(self.model),
+            batches=order,
+            loss=target_loss,
+            optimizer=self.optimizer(),
+            schedule=schedule,
+            precision=self.precision,
+            clock=clock,
+            max_norm=self.config.loop.max_grad_norm,
+            penalty=self.penalty,
+            device=self.parts.device,
+        )
+        preflight.check_trainable(
+            self.model, self.parts.plan, [p for g in self.loop.optimizer.param_groups for p in g["params"]]
+        )
+        self.begin(before, steps)
+        try:
+            with stopping_on_signals(self.loop):
+                self.loop.run(steps)
+        except NumericsError as error:
+            raise self.stopped_by(error) from error
+        except BaseException as error:
+            self.summarise("failed", before, None, error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self.close()
+        self.finish(before, steps)
+
+    def evaluate_base(self) -> Evaluation:
+        self.log.say("evaluating the untouched model …")
+        generate, data = self.config.eval, asdict(self.config.data)
+        depends = {
+            **{k: v for k, v in self.identity.items() if k in ("base", "data", "precision", "device", "threads")},
+            **{k: v for k, v in self.identity.items() if k.startswith("versions.")},
+            "quant": asdict(self.config.quant),
+            "settings": data,
+            "eval": {**asdict(generate), "every": None, "before": None},
+            "packed": self.loaded.collate.__name__,
+        }
+        return self.evaluator.cached(self.model, depends, cache())
+
+    def apply_checked(self, clock: Clock) -> None:
+        """Puts the adapters on, and checks on two documents that they are what the plan and their class promise."""
+        probe = self.loaded.collate(self.data.train[:2]).to(self.parts.device)
+        self.model.eval()
+        with torch.no_grad(), self.precision.autocast():
+            bare = target_logits(self.model, probe)
+        apply(self.model, self.parts.plan, seed=self.config.loop.seed, clock=clock)
+        self.model.eval()
+        with torch.no_grad(), self.precision.autocast():
+            preflight.check_identity(self.model, bare, target_logits(self.model, probe))
+        preflight.check_subclasses(self.model)
+        with self.precision.autocast():
+            loss = target_loss(self.model, probe)
+        loss.backward()
+        preflight.check_gradients(self.model)
+        self.model.zero_grad(set_to_none=True)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        settings = self.config.optim
+        cls = classes.resolve(settings.target, torch.optim.Optimizer, "optim._target_")
+        made = optim.groups(
+            named_trainable(self.model), settings.groups, lr=settings.lr, weight_decay=settings.weight_decay
+        )
+        return cls(made, **settings.options)
+
+    def penalty(self) -> torch.Tensor | float:
+        return sum(module.adapter.penalty() for _, module in adapted(self.model))
+
+    def begin(self, before: Evaluation | None, steps: int) -> None:
+        """The directory's first files, or a checkpoint's state put back; and everything that watches the loop."""
+        self.log.open(self.folder)
+        text = OmegaConf.to_yaml(OmegaConf.create(self.config.to_dict()))
+        directory.write_text(self.folder / directory.CONFIG, text)
+        directory.write_text(self.folder / directory.PLAN, f"{self.parts.plan}\n")
+        metrics = Metrics(self.folder / directory.METRICS)
+        self.tracker = tracker(self.config.track, self.folder, self.config.to_dict())
+        self.evaluation = PeriodicEvaluation(
+            self.evaluator, self.model, metrics, self.tracker, self.config.eval.every, steps
+        )
+        self.metrics, self.methods = metrics, self.method_hooks(steps)
+        self.checkpoints = checkpoint.Checkpoints(
+            self.folder / directory.CHECKPOINTS,
+            self.snapshot,
+            every=self.config.checkpoint.every,
+            keep=self.config.checkpoint.keep,
+            last=steps,
+        )
+        if self.saved is not None:
+            self.restore(self.saved)
+        else:
+            metrics.cut(0)
+            if before is not None:
+                metrics.write({"event": "eval", "step": 0, **before.metrics})
+        self.progress = ProgressLine(self.loop.state.step, steps)
+        watching = [*([self.tracker] if self.tracker else []), self.progress]
+        self.loop.hooks = [metrics, *self.methods, self.evaluation, *watching, self.checkpoints]
+
+    def method_hooks(self, steps: int) -> list[Hook]:
+        """What each method in the plan does over time."""
+        found = []
+        for cls in dict.fromkeys(resolve(row.adapter) for row in self.parts.plan.rows):
+            mine = {path: m.adapter for path, m in adapted(self.model) if type(m.adapter) is cls}
+            hook = cls.hook(mine, steps=steps)
+            if hook is not None:
+                found.append(hook)
+        return found
+
+    def snapshot(self) -> checkpoint.Saved:
+        tensors, values = optim.state_tensors(self.loop.optimizer)
+        state = {
+            "loop": asdict(self.loop.state),
+            "optimizer": values,
+            "scaler": self.precision.state_dict(),
+            "hooks": [hook.state_dict() for hook in self.methods],
+            "metrics_bytes": self.metrics.position(),
+            "held_out_loss": self.evaluation.loss_at(self.loop.state.step),
+            "identity": self.identity,
+        }
+        return checkpoint.Saved({"adapter": adapter_state(self.model), "optimizer": tensors}, state)
+
+    def restore(self, saved: checkpoint.Saved) -> None:
+        store.load_state(self.model, saved.tensors["adapter"])
+        optim.load_state(self.loop.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
+        self.loop.state = State(**saved.state["loop"])
+        self.precision.load_state_dict(saved.state["scaler"])
+        for hook, state in zip(self.methods, saved.state["hooks"], strict=True):
+            hook.load_state_dict(state)
+        self.metrics.cut(saved.state["metrics_bytes"])
+
+    def stopped_by(self, error: NumericsError) -> NumericsError:
+        """The finite guard's stop: the parameters are still those of the step before, and are saved."""
+        where = "nowhere (checkpoint.every=0)"
+        if self.config.checkpoint.every:
+            path = self.checkpoints.save(self.loop.state.step)
+            where = str(path.relative_to(self.folder))
+        message = f"{error}, saved in {where}."
+        self.log.note(message)
+        self.summarise("failed", None, None, error=message)
+        return NumericsError(message)
+
+    def finish(self, before: Evaluation | None, steps: int) -> None:
+        step = self.loop.state.step
+        if self.loop.stop and step < steps:
+            if self.config.checkpoint.every:
+                self.checkpoints.save(step)
+            self.summarise("interrupted", before, None)
+            raise Interrupted(f"interrupted after step {step} of {steps}; checkpoint.resume=true continues it.")
+        self.log.say("evaluating the tuned model …")
+        generated = self.evaluator.generated(self.model)
+        held_out = self.evaluation.latest(step)
+        after = Evaluation({**held_out, **generated.metrics}, generated.texts)
+        rows = self.evaluator.samples(before, after)
+        lines = "".join(directory.json_line(row) for row in rows)
+        directory.write_text(self.folder / directory.SAMPLES, lines)
+        store.save_adapter(self.model, self.folder / directory.ADAPTER, base=self.base)
+        self.summarise("done", before, after)
+        self.model.eval()
+
+    def summarise(self, status: str, before: Evaluation | None, after: Evaluation | None, error: str = "") -> None:
+        """summary.json and report.html."""
+        state, result = self.loop.state, dict(after.metrics) if after else None
+        gain = self.evaluator.gain(before, after) if after else None
+        if result is not None and gain is not None:
+            result["rougeL_gain"] = gain
+        summary = {
+            "status": status,
+            "steps": state.step,
+            "seconds": state.seconds,
+            "real_tokens": state.real_tokens,
+            "target_tokens": state.target_tokens,
+            "tokens_per_s": state.real_tokens / state.seconds if state.seconds else None,
+            "peak_memory_mb": peak_memory_mb(self.parts.device),
+            "trainable_parameters": self.parts.plan.trainable_parameters,
+            "total_parameters": self.parts.plan.total_parameters,
+            "eval": {"before": before.metrics if before else None, "after": result},
+            "seed": self.config.loop.seed,
+            "precision": self.parts.precision,
+            "device": str(self.parts.device),
+            "threads": torch.get_num_threads(),
+            "packed": self.loaded.collate.__name__ == "pack",
+            "base": base_id(self.base),
+            "data": {"name": self.data.split.name, "sha256": self.data.split.sha256},
+            "versions": versions(),
+            **({"command": self.command} if self.command else {}),
+            **({"error": error} if error else {}),
+        }
+        directory.write_json(self.folder / directory.SUMMARY, summary)
+        report.write(self.folder)
+
+    def close(self) -> None:
+        self.progress.close()
+        self.metrics.close()
+        if self.tracker is not None:
+            self.tracker.close()
