@@ -16,12 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# On a CPU, importing bitsandbytes logs that an optional kernel is not there; we call the functions below instead.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-import bitsandbytes.functional as bnb  # noqa: E402
-
 BLOCK = 64  # weights to a scale
 NESTED_BLOCK = 256  # scales to a scale of scales
+
+
+@cache
+def bnb() -> Any:
+    """bitsandbytes' functions, imported when a weight is first quantised: that takes more than a second.
+
+    On a CPU the import logs that an optional kernel is missing; nothing here would call it.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import bitsandbytes.functional as functional
+
+    return functional
 
 
 class NF4Linear(nn.Module):
@@ -59,7 +67,7 @@ class NF4Linear(nn.Module):
             layer.bias = frozen(bias.detach())
         if weight.is_meta:
             return layer.sized()
-        packed, state = bnb.quantize_4bit(
+        packed, state = bnb().quantize_4bit(
             weight.detach().contiguous(), blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
         )
         layer.packed = frozen(packed.view(-1))
@@ -86,10 +94,10 @@ class NF4Linear(nn.Module):
         wanted = dtype or torch.float32
         # bitsandbytes knows fp32, bf16 and fp16: a wider type is widened from its fp32 values
         native = wanted if wanted in (torch.bfloat16, torch.float16) else torch.float32
-        dense = bnb.dequantize_4bit(self.packed.view(-1, 1), self.quant_state(native))
+        dense = bnb().dequantize_4bit(self.packed.view(-1, 1), self.quant_state(native))
         return dense.to(wanted)
 
-    def quant_state(self, dtype: torch.dtype) -> bnb.QuantState:
+    def quant_state(self, dtype: torch.dtype) -> Any:
         """bitsandbytes' view of the bytes held here, built at each use: no state hides in a Python object."""
         device = self.packed.device
         nested, offset = None, None
@@ -97,12 +105,12 @@ class NF4Linear(nn.Module):
             assert self.nested is not None
             scales = self.nested.view(torch.float32)
             absmax, offset = self.absmax.data, scales[-1]
-            nested = bnb.QuantState(
+            nested = bnb().QuantState(
                 absmax=scales[:-1], blocksize=NESTED_BLOCK, code=byte_levels(device), dtype=torch.float32
             )
         else:
             absmax = self.absmax.data.view(torch.float32)
-        return bnb.QuantState(
+        return bnb().QuantState(
             absmax=absmax,
             shape=torch.Size((self.out_features, self.in_features)),
             code=nf4_levels(device),
@@ -171,10 +179,10 @@ def as_bytes(tensor: Tensor) -> Tensor:
 @cache
 def nf4_levels(device: torch.device) -> Tensor:
     """The 16 levels of NormalFloat-4, (16,) fp32."""
-    return bnb.get_4bit_type("nf4", device=device)
+    return bnb().get_4bit_type("nf4", device=device)
 
 
 @cache
 def byte_levels(device: torch.device) -> Tensor:
     """The 256 levels of the dynamic 8-bit type that holds the scales under double quantisation, (256,) fp32."""
-    return bnb.create_dynamic_map().to(device)
+    return bnb().create_dynamic_map().to(device)
