@@ -17,16 +17,21 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank import classes
 from lowrank.adapters.base import Adapter
+from lowrank.adapters.inject import apply, named_trainable
 from lowrank.adapters.plan import InjectionPlan, Rules, plan, resolve
 from lowrank.config import Config
 from lowrank.data import chat, sources
 from lowrank.data.order import Batches
 from lowrank.data.pack import Batch, Document, pack, pad
 from lowrank.errors import ConfigError
+from lowrank.evaluate import Evaluator
 from lowrank.models import attention
 from lowrank.models import load as models
 from lowrank.quant.convert import load_quantized, quantize, report
+from lowrank.track import writer_class
+from lowrank.train import optim
 from lowrank.train import precision as precisions
+from lowrank.train.loss import target_loss
 from lowrank.train.schedule import Schedule, schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,7 +62,13 @@ def parts(config: Config) -> Parts:
     """Raises ConfigError for a model that is not there, targets that match nothing, a device that is missing."""
     device = resolve_device(config.loop.device)
     precision = precisions.resolve(config.loop.precision, device)
-    planned = plan(skeleton(config), rules(config))
+    if config.track.kind != "none":
+        writer_class(config.track.kind)
+    bare = skeleton(config)
+    planned = plan(bare, rules(config))
+    # The optimizer's rules go by the names that will train: tried on the skeleton, before a weight is read.
+    names = named_trainable(apply(bare, planned))
+    optim.groups(names, config.optim.groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
     dtype = resolve_dtype(config, precision, planned)
     return Parts(config, device, precision, dtype, planned, models.tokenizer(config.model))
 
@@ -184,6 +195,20 @@ def batches(config: Config, data: Data, loaded: Loaded) -> Batches:
         micro_batch=loop.micro_batch,
         micro_batch_tokens=loop.micro_batch_tokens,
         accumulate=loop.accumulate,
+    )
+
+
+def evaluator(config: Config, parts: Parts, data: Data, loaded: Loaded) -> Evaluator:
+    """``config`` may differ from the parts' own in what is evaluated."""
+    return Evaluator(
+        parts.tokenizer,
+        data.eval,
+        config.eval,
+        collate=loaded.collate,
+        loss=target_loss,
+        autocast=precisions.Precision(parts.precision, parts.device).autocast,
+        stop=chat.ending(parts.tokenizer, config.data.template)[-1:],
+        seed=config.data.seed,
     )
 
 

@@ -156,22 +156,11 @@ def evaluate(arguments: Any) -> None:
 
     from lowrank import assemble
     from lowrank.directory import finite
-    from lowrank.evaluate import Evaluator
-    from lowrank.train.loss import target_loss
-    from lowrank.train.precision import Precision
 
     run = opened(arguments)
     config = compose.changed(run.config, arguments.overrides, allowed=("data", "eval"))
     data = assemble.data(config, run.tokenizer)
-    evaluator = Evaluator(
-        run.tokenizer,
-        data.eval,
-        config.eval,
-        collate=run.loaded.collate,
-        loss=target_loss,
-        autocast=Precision(run.parts.precision, run.parts.device).autocast,
-        seed=config.data.seed,
-    )
+    evaluator = assemble.evaluator(config, run.parts, data, run.loaded)
     print(json.dumps(finite(evaluator.whole(run.model).metrics), indent=2, ensure_ascii=False))
 
 

@@ -40,8 +40,8 @@ class Evaluation:
 class Evaluator:
     """Evaluates a model on held-out examples; nothing of the model, its modes or torch's generators changes.
 
-    ``loss(model, batch)`` sums over a batch's targets. With ``eval.limit`` the examples are a keyed draw, of which
-    the first ``eval.generate.limit`` are generated from.
+    ``loss(model, batch)`` sums over a batch's targets; ``stop`` are tokens that end a text beside the model's own.
+    With ``eval.limit`` the examples are a keyed draw, of which the first ``eval.generate.limit`` are generated from.
     """
 
     def __init__(
@@ -53,8 +53,10 @@ class Evaluator:
         collate: Callable[[Sequence[Example]], Batch],
         loss: Callable[[nn.Module, Any], Tensor],
         autocast: Callable[[], AbstractContextManager[Any]],
+        stop: Sequence[int],
         seed: int,
     ) -> None:
+        self.stop = stop
         self.tokenizer, self.settings, self.loss, self.autocast = tokenizer, settings, loss, autocast
         self.collate = collate
         order = torch.randperm(len(examples), generator=key(seed, "eval order")).tolist()
@@ -74,7 +76,7 @@ class Evaluator:
         options = asdict(self.settings.generate)
         options.pop("limit")
         with self.autocast():
-            texts = [drawn[0].strip() for drawn in generate(model, self.tokenizer, prompts, **options)]
+            texts = [drawn[0].strip() for drawn in generate(model, self.tokenizer, prompts, stop=self.stop, **options)]
         return Evaluation(dict(scores(texts, self.references)), texts)
 
     def whole(self, model: nn.Module) -> Evaluation:

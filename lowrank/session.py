@@ -14,8 +14,9 @@ from lowrank.adapters.inject import adapter_state, apply, named_trainable
 from lowrank.adapters.plan import adapted, resolve
 from lowrank.assemble import Data, Loaded, Parts
 from lowrank.directory import Log
-from lowrank.errors import Interrupted, NumericsError, RefusedError
-from lowrank.evaluate import Evaluation, Evaluator, PeriodicEvaluation
+from lowrank.errors import ConfigError, Interrupted, NumericsError, RefusedError
+from lowrank.evaluate import Evaluation, PeriodicEvaluation
+from lowrank.export.peft import export_peft
 from lowrank.identity import identity, versions
 from lowrank.keys import Clock
 from lowrank.models.cache import cache
@@ -50,15 +51,9 @@ class Session:
             device=parts.device.type,
         )
         self.saved = self.checkpoint_to_resume()
-        self.evaluator = Evaluator(
-            parts.tokenizer,
-            data.eval,
-            self.config.eval,
-            collate=loaded.collate,
-            loss=target_loss,
-            autocast=self.precision.autocast,
-            seed=self.config.data.seed,
-        )
+        self.evaluator = assemble.evaluator(self.config, parts, data, loaded)
+        self.order = assemble.batches(self.config, data, loaded)
+        self.steps, self.schedule = assemble.steps_and_schedule(self.config, self.order)
 
     def checkpoint_to_resume(self) -> checkpoint.Saved | None:
         if not self.config.checkpoint.resume:
@@ -93,15 +88,13 @@ class Session:
         before = self.evaluate_base() if self.config.eval.before else None
         clock = Clock(self.config.loop.seed)
         self.apply_checked(clock)
-        order = assemble.batches(self.config, self.data, self.loaded)
-        steps, schedule = assemble.steps_and_schedule(self.config, order)
         self.loop = Loop(
             model=self.model,
             parameters=named_trainable(self.model),
-            batches=order,
+            batches=self.order,
             loss=target_loss,
             optimizer=self.optimizer(),
-            schedule=schedule,
+            schedule=self.schedule,
             precision=self.precision,
             clock=clock,
             max_norm=self.config.loop.max_grad_norm,
@@ -111,18 +104,22 @@ class Session:
         preflight.check_trainable(
             self.model, self.parts.plan, [p for g in self.loop.optimizer.param_groups for p in g["params"]]
         )
-        self.begin(before, steps)
+        self.begin(before)
         try:
             with stopping_on_signals(self.loop):
-                self.loop.run(steps)
+                self.loop.run(self.steps)
+            if self.loop.state.step < self.steps:
+                raise self.interrupted(before)
+            self.finish(before)
         except NumericsError as error:
             raise self.stopped_by(error) from error
+        except Interrupted:
+            raise
         except BaseException as error:
             self.summarise("failed", before, None, error=f"{type(error).__name__}: {error}")
             raise
         finally:
             self.close()
-        self.finish(before, steps)
 
     def evaluate_base(self) -> Evaluation:
         self.log.say("evaluating the untouched model …")
@@ -165,7 +162,7 @@ class Session:
     def penalty(self) -> torch.Tensor | float:
         return sum(module.adapter.penalty() for _, module in adapted(self.model))
 
-    def begin(self, before: Evaluation | None, steps: int) -> None:
+    def begin(self, before: Evaluation | None) -> None:
         """The directory's first files, or a checkpoint's state put back; and everything that watches the loop."""
         self.log.open(self.folder)
         text = OmegaConf.to_yaml(OmegaConf.create(self.config.to_dict()))
@@ -174,15 +171,15 @@ class Session:
         metrics = Metrics(self.folder / directory.METRICS)
         self.tracker = tracker(self.config.track, self.folder, self.config.to_dict())
         self.evaluation = PeriodicEvaluation(
-            self.evaluator, self.model, metrics, self.tracker, self.config.eval.every, steps
+            self.evaluator, self.model, metrics, self.tracker, self.config.eval.every, self.steps
         )
-        self.metrics, self.methods = metrics, self.method_hooks(steps)
+        self.metrics, self.methods = metrics, self.method_hooks()
         self.checkpoints = checkpoint.Checkpoints(
             self.folder / directory.CHECKPOINTS,
             self.snapshot,
             every=self.config.checkpoint.every,
             keep=self.config.checkpoint.keep,
-            last=steps,
+            last=self.steps,
         )
         if self.saved is not None:
             self.restore(self.saved)
@@ -190,16 +187,16 @@ class Session:
             metrics.cut(0)
             if before is not None:
                 metrics.write({"event": "eval", "step": 0, **before.metrics})
-        self.progress = ProgressLine(self.loop.state.step, steps)
+        self.progress = ProgressLine(self.loop.state.step, self.steps)
         watching = [*([self.tracker] if self.tracker else []), self.progress]
         self.loop.hooks = [metrics, *self.methods, self.evaluation, *watching, self.checkpoints]
 
-    def method_hooks(self, steps: int) -> list[Hook]:
+    def method_hooks(self) -> list[Hook]:
         """What each method in the plan does over time."""
         found = []
         for cls in dict.fromkeys(resolve(row.adapter) for row in self.parts.plan.rows):
             mine = {path: m.adapter for path, m in adapted(self.model) if type(m.adapter) is cls}
-            hook = cls.hook(mine, steps=steps)
+            hook = cls.hook(mine, steps=self.steps)
             if hook is not None:
                 found.append(hook)
         return found
@@ -237,23 +234,34 @@ class Session:
         self.summarise("failed", None, None, error=message)
         return NumericsError(message)
 
-    def finish(self, before: Evaluation | None, steps: int) -> None:
-        step = self.loop.state.step
-        if self.loop.stop and step < steps:
-            if self.config.checkpoint.every:
-                self.checkpoints.save(step)
-            self.summarise("interrupted", before, None)
-            raise Interrupted(f"interrupted after step {step} of {steps}; checkpoint.resume=true continues it.")
+    def interrupted(self, before: Evaluation | None) -> Interrupted:
+        """A signal's stop, after a whole step."""
+        step, advice = self.loop.state.step, "checkpoint.every=0: nothing was saved."
+        if self.config.checkpoint.every:
+            self.checkpoints.save(step)
+            advice = "checkpoint.resume=true continues it."
+        self.summarise("interrupted", before, None)
+        return Interrupted(f"interrupted after step {step} of {self.steps}; {advice}")
+
+    def finish(self, before: Evaluation | None) -> None:
         self.log.say("evaluating the tuned model …")
         generated = self.evaluator.generated(self.model)
-        held_out = self.evaluation.latest(step)
+        held_out = self.evaluation.latest(self.loop.state.step)
         after = Evaluation({**held_out, **generated.metrics}, generated.texts)
         rows = self.evaluator.samples(before, after)
         lines = "".join(directory.json_line(row) for row in rows)
         directory.write_text(self.folder / directory.SAMPLES, lines)
-        store.save_adapter(self.model, self.folder / directory.ADAPTER, base=self.base)
+        self.save_adapter(self.folder / directory.ADAPTER)
         self.summarise("done", before, after)
         self.model.eval()
+
+    def save_adapter(self, folder: Path) -> None:
+        """In our own format, and beside it in PEFT's where that has one."""
+        store.save_adapter(self.model, folder, base=self.base)
+        try:
+            export_peft(self.model, folder, base_name=self.config.model.name)
+        except ConfigError as error:
+            self.log.note(f"adapter/ is in our own format alone: {error}")
 
     def summarise(self, status: str, before: Evaluation | None, after: Evaluation | None, error: str = "") -> None:
         """summary.json and report.html."""

@@ -29,6 +29,6 @@ def dropped_positions(n: int, p: float, seed: int, device: torch.device) -> Tens
 
 def drop(x: Tensor, p: float, seed: int) -> Tensor:
     """x with its dropped entries zero and the others divided by 1 − p; always a new tensor."""
-    kept = x.div(1 - p)
+    kept = x.div(1 - p).contiguous()
     kept.view(-1).index_fill_(0, dropped_positions(x.numel(), p, seed, x.device), 0.0)
     return kept

@@ -15,8 +15,10 @@ from lowrank.adapters.plan import (
     adapted,
     count,
     dotted,
+    owners,
     parameters,
     resolve,
+    site_kind,
     sites,
     uncovered,
 )
@@ -34,27 +36,45 @@ def apply(model: Model, plan: InjectionPlan, seed: int = 0, clock: Clock | None 
 
     Raises ConfigError, with nothing changed, where the model already carries adapters or is not the plan's.
     """
+    return install(model, plan, built(model, plan, seed), clock)
+
+
+def built(model: nn.Module, plan: InjectionPlan, seed: int) -> dict[str, Adapter]:
+    """The plan's adapters by path, not yet on the model, which is checked to be the plan's and is not changed."""
     if next(adapted(model), None) is not None:
         raise ConfigError("apply: the model already carries adapters; lowrank.remove(model) takes them off.")
     bare, own = dict(sites(model)), parameters(model)
-    wrapped = [row for row in plan.rows if "parameter" not in resolve(row.adapter).sites]
-    trained = [row for row in plan.rows if "parameter" in resolve(row.adapter).sites]
-    for row in wrapped:
-        if row.path not in bare or shape(bare[row.path]) != row.shape:
-            raise ConfigError(f"apply: the plan's {row.path} {row.shape} is not a site of this model.")
-    for row in trained:
-        if row.path not in own or tuple(own[row.path].shape) != row.shape:
-            raise ConfigError(f"apply: the plan's {row.path} {row.shape} is not a parameter of this model.")
+    wrapped = [row for row in plan.rows if not names_parameter(row)]
+    for row in plan.rows:
+        found = own.get(row.path) if names_parameter(row) else bare.get(row.path)
+        what = "parameter" if names_parameter(row) else "site"
+        if found is None or (tuple(found.shape) if isinstance(found, Tensor) else shape_or_none(found)) != row.shape:
+            raise ConfigError(f"apply: the plan's {row.path} {row.shape} is not a {what} of this model.")
     shared = shared_options(wrapped, seed)
-    built = {row.path: build(row, bare[row.path], seed, shared[method(row)]) for row in wrapped}
+    return {row.path: build(row, bare[row.path], seed, shared[method(row)]) for row in wrapped}
+
+
+def install(model: Model, plan: InjectionPlan, adapters: dict[str, Adapter], clock: Clock | None = None) -> Model:
+    """Freezes the model, sets what trains, and wraps each site with its adapter, in place."""
+    bare, own = dict(sites(model)), parameters(model)
     model.requires_grad_(False)
-    for row in trained:
-        own[row.path].requires_grad_(True)
-    for row in wrapped:
-        adapter = built[row.path]
+    for row in plan.rows:
+        if names_parameter(row):
+            own[row.path].requires_grad_(True)
+            continue
+        adapter = adapters[row.path]
         adapter.clock, adapter.group = clock or Adapter.clock, row.group
         replace(model, row.path, Adapted(bare[row.path], adapter, row.options))
     return model
+
+
+def names_parameter(row: Row) -> bool:
+    """Whether a row is of a method that trains a parameter of the base, rather than of one that wraps a site."""
+    return "parameter" in resolve(row.adapter).sites
+
+
+def shape_or_none(module: nn.Module) -> tuple[int, int] | None:
+    return None if site_kind(module) == "other" else shape(module)
 
 
 def method(row: Row) -> tuple[str, str]:
@@ -121,6 +141,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 def current_plan(model: nn.Module) -> InjectionPlan:
     """The plan that the model carries, read off its adapters."""
+    owner = owners(model)
     rows = [
         Row(
             path=path,
@@ -134,7 +155,7 @@ def current_plan(model: nn.Module) -> InjectionPlan:
         for path, module in adapted(model)
     ]
     rows += [
-        Row(path, "Parameter", tuple(p.shape), dotted(Full), {}, p.numel(), path)
+        Row(path, type(owner[path]).__name__, tuple(p.shape), dotted(Full), {}, p.numel(), path)
         for path, p in parameters(model).items()
         if p.requires_grad
     ]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from lowrank.adapters.base import LINEAR, Adapter, shape
 from lowrank.adapters.dropout import drop
@@ -55,13 +56,13 @@ class LoRA(Adapter):
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         y = base(x)  # (…, out)
         if isinstance(base, nn.Embedding):
-            return y + self.scale * F.linear(F.embedding(x, self.A.T), self.B).to(y.dtype)
+            return y + self.scale * F.linear(F.embedding(x, self.A.T.to(y.dtype)), self.B.to(y.dtype))
         p = self.dropout if self.training else 0.0
         seed = self.clock.draw(self.group) if p else 0
-        return LowRankUpdate.apply(y, x, self.A, self.B, self.scale, p, seed, owns(base))
+        return LowRankUpdate.apply(y, x, self.A, self.B, self.scale, p, seed, owns(base) and y.is_contiguous())
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scale * (self.B @ self.A), bias  # (out, in)
+        return weight + self.scale * (self.B.to(weight.dtype) @ self.A.to(weight.dtype)), bias  # (out, in)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}"
@@ -69,7 +70,8 @@ class LoRA(Adapter):
 
 def owns(base: nn.Module) -> bool:
     """Whether nobody but the adapter sees the base's output, so that it may be written in place."""
-    return type(base) in LINEAR and not base._forward_hooks and not base._backward_hooks
+    hooks = base._forward_hooks or base._backward_hooks or base._backward_pre_hooks or _has_any_global_hook()
+    return type(base) in LINEAR and not hooks
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -94,7 +96,7 @@ class LowRankUpdate(torch.autograd.Function):
         with torch.autocast(y.device.type, enabled=False):
             rows = x.reshape(-1, A.shape[1]).to(y.dtype)  # (tokens, in)
             hidden = (drop(rows, p, seed) if p else rows) @ A.to(y.dtype).T  # (tokens, r)
-            sum_ = y if in_place else y.clone()
+            sum_ = y if in_place else y.clone(memory_format=torch.contiguous_format)
             flat = sum_.view(-1, B.shape[0])  # (tokens, out)
             flat.addmm_(hidden, B.to(y.dtype).T, alpha=scale)
         if in_place:

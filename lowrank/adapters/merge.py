@@ -100,7 +100,11 @@ def like(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
         new: nn.Module = nn.Linear(base.in_features, base.out_features, bias=bias is not None, device="meta")
     else:
         new = copy.copy(base)
-        new._parameters = dict(base._parameters)
+        for name, held in vars(base).items():  # a shallow copy shares them with the base: it gets its own
+            if name == "_parameters":
+                vars(new)[name] = dict(held)
+            elif name.endswith("_hooks"):
+                vars(new)[name] = type(held)()
     values = weight.T if isinstance(base, (Conv1D, nn.Embedding)) else weight
     new._parameters["weight"] = nn.Parameter(values.contiguous().clone(), requires_grad=False)
     if bias is not None:

@@ -85,6 +85,9 @@ class InjectionPlan:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> InjectionPlan:
         rows = tuple(Row(**(row | {"shape": tuple(row["shape"])})) for row in data["rows"])
+        for row in rows:
+            if not (isinstance(row.path, str) and isinstance(row.adapter, str) and isinstance(row.options, dict)):
+                raise TypeError(f"a row is {row}")
         return cls(rows, data["total_parameters"], tuple(data["notes"]))
 
 
@@ -148,16 +151,17 @@ def rows_of_sites(model: nn.Module, pattern: Pattern, adapter: type[Adapter], op
             f"{WHERE}: {show(pattern)} matches {path or 'the model'} ({type(module).__name__}), but "
             f"{adapter.__name__} adapts {' and '.join(adapter.sites)} sites only.{suggestion(pattern, known)}"
         )
+    shapes = {path: shape(module) for path, module in supported.items()}
+    sizes = adapter_sizes(supported, shapes, adapter, options)
     for path, module in supported.items():
-        out_features, in_features = shape(module)
         yield Row(
             path=path,
             kind=type(module).__name__,
-            shape=(out_features, in_features),
+            shape=shapes[path],
             adapter=dotted(adapter),
             options=options,
-            parameters=adapter_size(module, adapter, options),
-            group=f"{path.rpartition('.')[0]}:{in_features}",
+            parameters=sizes[path],
+            group=f"{path.rpartition('.')[0]}:{shapes[path][1]}",
         )
 
 
@@ -171,9 +175,7 @@ def rows_of_parameters(
             f"adapter: {adapter.__name__} trains the base's own weights, and NF4 weights cannot train "
             f"({len(quantized)} sites, first {quantized[0]}). Use quant=none, or an adapter such as lora."
         )
-    owner = {
-        f"{path}.{name}".lstrip("."): m for path, m in sites(model) for name, _ in m.named_parameters(recurse=False)
-    }
+    owner = owners(model)
     found = {
         path: parameter
         for path, parameter in parameters(model).items()
@@ -221,6 +223,15 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(found.values())
 
 
+def owners(model: nn.Module) -> dict[str, nn.Module]:
+    """The module that each of the base's own parameters is of, by the parameter's path."""
+    return {
+        f"{path}.{name}" if path else name: module
+        for path, module in sites(model)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
 def site_kind(module: nn.Module) -> str:
     if isinstance(module, LINEAR):
         return "linear"
@@ -242,10 +253,17 @@ def matches(model: nn.Module, pattern: Pattern, path: str, module: nn.Module) ->
     if pattern == "embedding":
         return site_kind(module) == "embedding"
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], path) is not None
+        return regex(pattern).fullmatch(path) is not None
     if "." not in pattern and not any(c in pattern for c in "*?["):
         return path.rpartition(".")[2] == pattern
     return fnmatch.fnmatchcase(path, pattern)
+
+
+def regex(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern.removeprefix("re:"))
+    except re.error as error:
+        raise ConfigError(f"{WHERE}: '{pattern}' is not a regular expression: {error}.") from error
 
 
 def show(pattern: Pattern) -> str:
@@ -266,14 +284,21 @@ def suggestion(pattern: Pattern, paths: Mapping[str, Any]) -> str:
     return f" Nearest: '{close}' ({names[close]} {'module' if names[close] == 1 else 'modules'})."
 
 
-def adapter_size(base: nn.Module, adapter: type[Adapter], options: dict[str, Any]) -> int:
-    """Builds the adapter over a stand-in without values and counts its trainable parameters."""
+def adapter_sizes(
+    bases: Mapping[str, nn.Module],
+    shapes: dict[str, tuple[int, int]],
+    adapter: type[Adapter],
+    options: dict[str, Any],
+) -> dict[str, int]:
+    """Builds each adapter over a stand-in without values and counts its trainable parameters."""
+    generator = torch.Generator("cpu")
     with torch.device("meta"):
         try:
-            built = adapter(stand_in(base), generator=torch.Generator("cpu"), **options)
+            shared = adapter.shared(shapes, generator=generator, **options)
+            built = {p: adapter(stand_in(b), generator=generator, **options, **shared) for p, b in bases.items()}
         except ValueError as error:
             raise ConfigError(f"adapter.{error}") from error
-    return sum(p.numel() for p in built.parameters() if p.requires_grad)
+    return {path: sum(p.numel() for p in one.parameters() if p.requires_grad) for path, one in built.items()}
 
 
 def stand_in(module: nn.Module) -> nn.Module:

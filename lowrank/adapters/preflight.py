@@ -32,7 +32,8 @@ def check_trainable(model: nn.Module, plan: InjectionPlan, grouped: list[nn.Para
     required = {id(p) for p in model.parameters() if p.requires_grad}
     stray = required - {id(p) for p in trainable.values()}
     total = sum(p.numel() for p in trainable.values())
-    if stray or total != plan.trainable_parameters:
+    places = {name.partition(".adapter.")[0] for name in trainable}
+    if stray or total != plan.trainable_parameters or places != {row.path for row in plan.rows if row.parameters}:
         raise ConfigError(
             f"pre-flight: {total:,} parameters require grad and {len(stray)} tensors outside the plan do, "
             f"but the plan has {plan.trainable_parameters:,}."

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lowrank.adapters.inject import adapter_state, apply, current_plan
-from lowrank.adapters.plan import InjectionPlan
-from lowrank.errors import RefusedError
+from lowrank.adapters.base import Adapter
+from lowrank.adapters.inject import adapter_state, built, current_plan, install
+from lowrank.adapters.plan import InjectionPlan, class_and_options, parameters, resolve
+from lowrank.errors import ConfigError, RefusedError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,45 +24,50 @@ TENSORS, PLAN = "adapter.safetensors", "adapter.json"
 
 
 def save_adapter(model: nn.Module, folder: str | Path, **about: Any) -> Path:
-    """Writes what trains in ``model`` to ``folder`` (made where it is missing); ``about`` goes into the JSON."""
+    """Writes what trains in ``model`` to ``folder`` (made where it is missing); ``about`` goes into the JSON.
+
+    Both files carry the hash of the values, so that a crash between the two can leave no mix that would load.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in adapter_state(model).items()}
-    plan = {"format": 1, **about, "plan": current_plan(model).to_dict()}
-    write(folder / PLAN, json.dumps(plan, indent=1, ensure_ascii=False).encode())
-    staged = folder / f".{TENSORS}.{os.getpid()}"
-    save_file(tensors, staged, metadata={"format": "pt"})
-    staged.replace(folder / TENSORS)
+    pair = hashlib.sha256(save(tensors)).hexdigest()
+    plan = {"format": 1, **about, "pair": pair, "plan": current_plan(model).to_dict()}
+    contents = {
+        TENSORS: save(tensors, metadata={"format": "pt", "pair": pair}),
+        PLAN: json.dumps(plan, indent=1, ensure_ascii=False).encode(),
+    }
+    for name, content in contents.items():
+        staged(folder, name).write_bytes(content)
+    for name in contents:
+        os.replace(staged(folder, name), folder / name)
     return folder
 
 
-def write(path: Path, content: bytes) -> None:
-    """The whole file or none of it."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_bytes(content)
-    staged.replace(path)
+def staged(folder: Path, name: str) -> Path:
+    return folder / f".{name}.{os.getpid()}"
 
 
-def load_adapter(model: Model, folder: str | Path) -> Model:
-    """Puts the adapter of ``folder`` on a bare ``model``, in place; returns it.
+def load_adapter(model: Model, folder: str | Path, name: str | None = None) -> Model:
+    """Puts the adapter of ``folder`` on a bare ``model``, in place; returns it. ``name`` is for several at once.
 
     Raises RefusedError, with the model unchanged, where a file is missing or damaged, and ConfigError where
     the model is not the one that the plan was made for.
     """
+    if name not in (None, "default"):
+        raise ConfigError(f"load_adapter: name='{name}': one adapter on a model, named 'default'.")
     folder = Path(folder)
     about, tensors = read(folder)
+    plan = read_plan(folder / PLAN, about)
     try:
-        plan = InjectionPlan.from_dict(about["plan"])
-    except (KeyError, TypeError) as error:
-        raise RefusedError(f"{folder / PLAN}: not the plan of an adapter ({error}).") from error
-    apply(model, plan)
+        adapters = built(model, plan, seed=0)
+    except ValueError as error:  # an option out of range
+        raise RefusedError(f"{folder / PLAN}: {error}") from error
     try:
-        load_state(model, tensors)
+        check(state_of(model, plan, adapters), tensors)
     except RefusedError as error:
-        from lowrank.adapters.inject import remove
-
-        remove(model)
         raise RefusedError(f"{folder / TENSORS}: {error}") from None
+    load_state(install(model, plan, adapters), tensors)
     return model
 
 
@@ -70,22 +78,51 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise RefusedError(f"{folder}: no {name} there, so it is not an adapter's folder.")
     try:
         about = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        return about, load_file(folder / TENSORS)
+        tensors = load_file(folder / TENSORS)
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            pair = (file.metadata() or {}).get("pair")
     except (ValueError, SafetensorError, OSError) as error:
         raise RefusedError(f"{folder}: cannot be read: {error}") from error
+    if not isinstance(about, dict):
+        raise RefusedError(f"{folder / PLAN}: not the plan of an adapter.")
+    if pair is not None and pair != about.get("pair", pair):
+        raise RefusedError(f"{folder}: {PLAN} and {TENSORS} were not saved together.")
+    return about, tensors
+
+
+def read_plan(path: Path, about: dict[str, Any]) -> InjectionPlan:
+    try:
+        plan = InjectionPlan.from_dict(about["plan"])
+        for row in plan.rows:
+            class_and_options(partial(resolve(row.adapter), **row.options))
+    except (KeyError, TypeError, ConfigError) as error:
+        raise RefusedError(f"{path}: not the plan of an adapter ({error}).") from error
+    return plan
+
+
+def state_of(model: nn.Module, plan: InjectionPlan, adapters: dict[str, Adapter]) -> dict[str, Tensor]:
+    """What ``adapter_state`` will be once the plan is carried out."""
+    own = parameters(model)
+    state: dict[str, Tensor] = {row.path: own[row.path] for row in plan.rows if row.path not in adapters}
+    for path, adapter in adapters.items():
+        state |= {f"{path}.adapter.{name}": tensor for name, tensor in adapter.state_dict().items()}
+    return state
+
+
+def check(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Every name and shape of ``state`` must be met by ``tensors``, and nothing more."""
+    missing, extra = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
+    if missing or extra:
+        what = "is missing" if missing else "is not part of the plan"
+        raise RefusedError(f"{(missing or extra)[0]} {what} ({len(missing + extra)} such).")
+    for name, tensor in tensors.items():
+        if tensor.shape != state[name].shape:
+            raise RefusedError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(state[name].shape)}.")
 
 
 def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copies ``tensors`` into what trains in ``model``; every name and shape must be met, or nothing is copied."""
     state = adapter_state(model)
-    missing, extra = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
-    if missing or extra:
-        name = (missing or extra)[0]
-        raise RefusedError(
-            f"{name} is {'missing' if missing else 'not part of the plan'} ({len(missing + extra)} such)."
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != state[name].shape:
-            raise RefusedError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(state[name].shape)}.")
+    check(state, tensors)
     for name, tensor in tensors.items():
         state[name].detach().copy_(tensor)

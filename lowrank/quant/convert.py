@@ -103,17 +103,13 @@ def load_quantized(
     Raises KeyError where the files' names are not the model's own (an architecture whose weights transformers
     rewrites on loading): load it dense and ``quantize`` it then.
     """
-    targets = set(quantizable(skeleton, skip))
+    layers = allocated(skeleton, quantizable(skeleton, skip), double=double, compute_dtype=compute_dtype)
     filled: set[str] = set()
     for name, tensor in tensors_of(files):
         path, _, leaf = name.rpartition(".")
-        layer: Any = skeleton.get_submodule(path)
-        if path in targets and leaf == "weight":
-            weight = tensor.T if isinstance(layer, Conv1D) else tensor
-            new = NF4Linear.from_dense(weight.to(dtype), None, double=double, compute_dtype=compute_dtype)
-            new.bias = layer.bias if layer.bias is None else nn.Parameter(layer.bias, requires_grad=False)
-            parent, _, child = path.rpartition(".")
-            setattr(skeleton.get_submodule(parent), child, new)
+        layer = owner(skeleton, path)
+        if path in layers and leaf == "weight":
+            layer.fill((tensor.T if layers[path] else tensor).to(dtype))
         elif leaf in layer._parameters:
             layer._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
         elif leaf in layer._buffers:
@@ -121,8 +117,37 @@ def load_quantized(
         else:
             raise KeyError(name)
         filled.add(name)
-    finish(skeleton, filled)
+    lacking = [f"{path}.weight" for path in layers if f"{path}.weight" not in filled]
+    if lacking:
+        raise KeyError(lacking[0])
+    finish(skeleton)
     return skeleton
+
+
+def allocated(skeleton: nn.Module, paths: Sequence[str], **options: Any) -> dict[str, bool]:
+    """Puts an NF4 layer without values on each path, on the CPU; returns whether its file's weight is transposed.
+
+    All state is allocated before the first weight is read: the work space of one layer then lies above it and is
+    reused for the next, where small results between large temporaries would hold the whole heap.
+    """
+    transposed = {}
+    for path in paths:
+        old: Any = skeleton.get_submodule(path)
+        transposed[path] = isinstance(old, Conv1D)
+        rows, columns = old.weight.T.shape if transposed[path] else old.weight.shape
+        new = NF4Linear(columns, rows, **options)
+        new.allocate("cpu")
+        new.bias = old.bias if old.bias is None else nn.Parameter(old.bias, requires_grad=False)
+        parent, _, child = path.rpartition(".")
+        setattr(skeleton.get_submodule(parent), child, new.train(old.training))
+    return transposed
+
+
+def owner(skeleton: nn.Module, path: str) -> Any:
+    try:
+        return skeleton.get_submodule(path)
+    except AttributeError as error:
+        raise KeyError(path) from error
 
 
 def tensors_of(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -136,7 +161,7 @@ def tensors_of(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
                 yield name, opened.get_tensor(name).clone()
 
 
-def finish(skeleton: nn.Module, filled: set[str]) -> None:
+def finish(skeleton: nn.Module) -> None:
     """Ties what the architecture ties and rebuilds the buffers that no file holds (rotary frequencies)."""
     tie = getattr(skeleton, "tie_weights", None)
     if tie is not None:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # weights to a scale
 NESTED_BLOCK = 256  # scales to a scale of scales
+STATE = ("packed", "absmax", "nested", "bias")
 
 
 @cache
@@ -54,8 +55,8 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.double_quantized, self.compute_dtype = double, compute_dtype
-        self.register_parameter("bias", None)
-        self.register_parameter("nested", None)
+        for name in STATE:
+            self.register_parameter(name, None)
 
     @classmethod
     def from_dense(
@@ -65,28 +66,33 @@ class NF4Linear(nn.Module):
         layer = cls(weight.shape[1], weight.shape[0], double=double, compute_dtype=compute_dtype)
         if bias is not None:
             layer.bias = frozen(bias.detach())
-        if weight.is_meta:
-            return layer.sized()
-        packed, state = bnb().quantize_4bit(
-            weight.detach().contiguous(), blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
-        )
-        layer.packed = frozen(packed.view(-1))
-        layer.absmax = frozen(as_bytes(state.absmax))
-        if double:
-            layer.nested = frozen(as_bytes(torch.cat([state.state2.absmax, state.offset.view(1)])))
-        return layer
+        layer.allocate(weight.device)
+        return layer if weight.is_meta else layer.fill(weight)
 
-    def sized(self) -> NF4Linear:
-        """Gives the state its sizes on the meta device."""
+    def allocate(self, device: torch.device | str) -> None:
+        """Gives the state its sizes, without values."""
+
+        def room(size: int) -> nn.Parameter:
+            return frozen(torch.empty(size, dtype=torch.uint8, device=device))
+
         weights = self.in_features * self.out_features
         scales = -(-weights // BLOCK)
-        self.packed = frozen(torch.empty((weights + 1) // 2, dtype=torch.uint8, device="meta"))
-        self.absmax = frozen(
-            torch.empty(scales if self.double_quantized else 4 * scales, dtype=torch.uint8, device="meta")
+        self.packed = room((weights + 1) // 2)
+        self.absmax = room(scales if self.double_quantized else 4 * scales)
+        self.nested = room(4 * (-(-scales // NESTED_BLOCK) + 1)) if self.double_quantized else None
+
+    def fill(self, weight: Tensor) -> NF4Linear:
+        """Quantises ``weight`` (out, in) into the state."""
+        packed, state = bnb().quantize_4bit(
+            in_known_dtype(weight.detach()).contiguous(),
+            blocksize=BLOCK,
+            compress_statistics=self.double_quantized,
+            quant_type="nf4",
         )
-        if self.double_quantized:
-            nested = -(-scales // NESTED_BLOCK) + 1
-            self.nested = frozen(torch.empty(4 * nested, dtype=torch.uint8, device="meta"))
+        self.packed.data.copy_(packed.view(-1))
+        self.absmax.data.copy_(as_bytes(state.absmax))
+        if self.nested is not None:
+            self.nested.data.copy_(as_bytes(torch.cat([state.state2.absmax, state.offset.view(1)])))
         return self
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -94,8 +100,8 @@ class NF4Linear(nn.Module):
         wanted = dtype or torch.float32
         # bitsandbytes knows fp32, bf16 and fp16: a wider type is widened from its fp32 values
         native = wanted if wanted in (torch.bfloat16, torch.float16) else torch.float32
-        dense = bnb().dequantize_4bit(self.packed.view(-1, 1), self.quant_state(native))
-        return dense.to(wanted)
+        flat = bnb().dequantize_4bit(self.packed.view(-1, 1), self.quant_state(native))
+        return flat.view(self.out_features, self.in_features).to(wanted)
 
     def quant_state(self, dtype: torch.dtype) -> Any:
         """bitsandbytes' view of the bytes held here, built at each use: no state hides in a Python object."""
@@ -112,7 +118,9 @@ class NF4Linear(nn.Module):
             absmax = self.absmax.data.view(torch.float32)
         return bnb().QuantState(
             absmax=absmax,
-            shape=torch.Size((self.out_features, self.in_features)),
+            # One long row, as it was quantised: asked for rows of a width that blocks do not divide, the CPU kernel
+            # (bitsandbytes 0.50) starts a new block at each row and so takes the wrong scales.
+            shape=torch.Size((1, self.out_features * self.in_features)),
             code=nf4_levels(device),
             blocksize=BLOCK,
             quant_type="nf4",
@@ -131,14 +139,16 @@ class NF4Linear(nn.Module):
         return y.to(x.dtype) if self.compute_dtype else y
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for name in (
-            "packed",
-            "absmax",
-            "nested",
-            "bias",
-        ):  # a layer made without values takes the file's shapes
-            if f"{prefix}{name}" in state_dict and getattr(self, name, None) is None:
-                setattr(self, name, frozen(torch.empty_like(state_dict[f"{prefix}{name}"])))
+        """A layer made without values takes the sizes of what is loaded; ``nested`` tells double quantisation."""
+        for name in STATE:
+            held, given = getattr(self, name), state_dict.get(f"{prefix}{name}")
+            if given is None and name in ("nested", "bias"):
+                setattr(self, name, None)
+            elif given is not None and (held is None or name in ("absmax", "nested")):
+                setattr(self, name, frozen(torch.empty_like(given)))
+            elif held is None:
+                setattr(self, name, frozen(torch.empty(0, dtype=torch.uint8)))  # so that it is reported missing
+        self.double_quantized = self.nested is not None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
@@ -169,6 +179,11 @@ class DequantizedMatmul(torch.autograd.Function):
 
 def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def in_known_dtype(weight: Tensor) -> Tensor:
+    """bitsandbytes quantises fp32, bf16 and fp16; a wider type goes through fp32."""
+    return weight if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) else weight.float()
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

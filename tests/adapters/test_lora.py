@@ -20,6 +20,7 @@ from lora_sites import (
     x_of,
 )
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters import LoRA, dense_weight
 from lowrank.keys import Clock, key
@@ -31,6 +32,8 @@ def test_output_and_every_gradient_are_the_equations(base: nn.Module, shape: tup
 
 
 def test_the_input_may_lie_in_memory_as_it_likes(base: nn.Module) -> None:
+    if isinstance(base, Conv1D):
+        pytest.skip("transformers' Conv1D itself takes no such input")
     wrapped = wrap(base, dropout=0.3, clock=Clock(1)).double()
     lora(wrapped).clock.set(1, 0)
     flat, batched = x_of(IN, 6), x_of(4, 3, IN)

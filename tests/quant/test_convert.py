@@ -54,7 +54,7 @@ def test_quantising_is_in_place_and_takes_every_linear_weight_but_the_head(model
 
 
 def test_a_quantised_model_is_the_dense_one_with_its_weights_rounded(model: nn.Module, tokens: Tensor) -> None:
-    rounded = copy.deepcopy(model)
+    rounded: Any = copy.deepcopy(model)
     quantize(model)
     for path, layer in model.named_modules():
         if isinstance(layer, NF4Linear):
@@ -134,13 +134,22 @@ def test_loading_quantised_equals_quantising_what_was_loaded(
     model: Any, double: bool, dtype: torch.dtype, tokens: Tensor, tmp_path: Path
 ) -> None:
     files = saved(model, tmp_path)
-    wanted = quantize(model.to(dtype), double=double)
+    # loaded as transformers does: model.to(dtype) would also cast the rotary frequencies, which stay fp32
+    wanted = quantize(
+        type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=dtype).eval(),
+        double=double,
+    )
     found = load_quantized(skeleton(model), files, dtype=dtype, double=double)
     assert same_state(found, wanted)
     assert torch.equal(logits(found, tokens), logits(wanted, tokens))
     assert not any(t.is_meta for t in [*found.parameters(), *found.buffers()])
     assert not any(p.requires_grad for p in found.parameters())
-    assert not any(module.training for module in found.modules())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_streamed_model_keeps_its_skeletons_mode(training: bool, llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    found = load_quantized(skeleton(llama).train(training), saved(llama, tmp_path), dtype=torch.float32)
+    assert {module.training for module in found.modules()} == {training}
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -53,16 +53,17 @@ def test_dequantised_bytes_are_those_of_linear4bit(shape: tuple[int, int], dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
-@pytest.mark.parametrize("width", [1, 3, 5, 9, 16, 32, 40, 48, 64, 70, 80, 96, 128, 144, 192])
-def test_each_weight_is_its_level_times_the_scale_of_its_block_whatever_the_width(
-    width: int, dtype: torch.dtype
-) -> None:
+def test_each_weight_is_its_level_times_the_scale_of_its_block_whatever_the_width(dtype: torch.dtype) -> None:
     """A block runs on over the ends of rows: bitsandbytes' CPU kernel, asked for rows of 48, takes other scales."""
-    layer = layer_of((24, width), double=False)
-    codes = torch.stack([layer.packed >> 4, layer.packed & 15], dim=1).view(-1)[: 24 * width].long()
-    scales = layer.absmax.view(torch.float32).repeat_interleave(64)[: 24 * width]
     levels = bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
-    assert torch.equal(layer.dequantize(dtype), (levels[codes] * scales).to(dtype).view(24, width))
+    wrong = []
+    for width in range(1, 200):
+        layer = layer_of((24, width), double=False)
+        codes = torch.stack([layer.packed >> 4, layer.packed & 15], dim=1).view(-1)[: 24 * width].long()
+        scales = layer.absmax.view(torch.float32).repeat_interleave(64)[: 24 * width]
+        if not torch.equal(layer.dequantize(dtype), (levels[codes] * scales).to(dtype).view(24, width)):
+            wrong.append(width)
+    assert not wrong
 
 
 @pytest.mark.parametrize("double", [True, False])
