@@ -78,6 +78,7 @@ def notes(pairs: Sequence[Pair], warmup: int, about: Mapping[str, Any]) -> list[
     one, timed = pairs[0], about["steps"] - warmup
     versions = {**one.peer.versions, **one.ours.versions}
     flags = ", ".join(about["flags"]) or "none of AVX2, AVX-512, AMX"
+    threads = f"{one.ours.threads} {'thread' if one.ours.threads == 1 else 'threads'}"
     real = sum(one.ours.real_tokens[warmup:]) / timed
     return [
         f"{about['model']}, {about['data']}, fp32, LoRA r16 on every linear layer but the head "
@@ -86,8 +87,8 @@ def notes(pairs: Sequence[Pair], warmup: int, about: Mapping[str, Any]) -> list[
         f"median (lowest–highest) of {len(pairs)} alternating {'pair' if len(pairs) == 1 else 'pairs'}.",
         "",
         f"- Largest difference between the two losses of a step: {max(apart(p.peer, p.ours) for p in pairs):.1e}.",
-        f"- {about['cpu']}, {about['cores']} cores, {one.ours.threads} threads ({flags}); other processes took at "
-        f"most {max(pair.others for pair in pairs):.0%} of the machine's time.",
+        f"- {about['cpu']}, {about['cores']} cores, {threads} ({flags}); other processes took at most "
+        f"{max(pair.others for pair in pairs):.0%} of the machine's time.",
         f"- {', '.join(f'{name} {number}' for name, number in sorted(versions.items()))}.",
         f"- `{about['command']}`",
     ]

@@ -168,7 +168,9 @@ def load(parts: Parts) -> Loaded:
         notes.append(f"documents are padded, not packed: {why_not}")
         model.set_attn_implementation(plain)
     if config.loop.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.2x renames it; the first argument is torch.utils.checkpoint's in both
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return Loaded(model, pad if why_not else pack, tuple(notes))
 
 

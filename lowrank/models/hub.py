@@ -95,7 +95,7 @@ def _nearest(name: str) -> str:
     path = Path(name).expanduser()
     known = {}
     if path.parent.is_dir():
-        known = {str(path.parent / found.name): found for found in path.parent.iterdir() if found.is_dir()}
+        known = {str(path.parent / found.name): found for found in path.parent.glob("[!.]*") if found.is_dir()}
     cached = [found.name for found in Path(constants.HF_HUB_CACHE).glob("models--*")]
     match = nearest(str(path), [*known, *(found[8:].replace("--", "/") for found in cached)])
     return f" Did you mean '{match}'?" if match else ""

@@ -126,3 +126,24 @@ def test_an_nf4_base_with_a_compute_dtype_of_its_own_returns_its_inputs() -> Non
     exact = equation(wrapped, x, lora(wrapped).A, lora(wrapped).B).detach()
     assert y.dtype == torch.float32
     assert float((y.detach() - exact).norm() / exact.norm()) < 0.01
+
+
+def test_a_base_that_trains_too_gets_its_own_gradient() -> None:
+    base = nn.Linear(IN, OUT).double()
+    wrapped, x = wrap(base).double(), x_of(2, 5, IN)
+    found = torch.autograd.grad(wrapped(x).square().sum(), [base.weight, base.bias])
+    plain = equation(wrapped, x, lora(wrapped).A, lora(wrapped).B).square().sum()
+    wanted = torch.autograd.grad(plain, [base.weight, base.bias])
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+def test_without_gradients_the_call_is_the_same(base: nn.Module) -> None:
+    wrapped, x = wrap(base).double(), x_of(2, 5, IN)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert torch.equal(wrapped(x), wrapped(x.clone()))
+            torch.testing.assert_close(wrapped(x).clone(), wrapped(x))
+    with torch.no_grad():
+        without = wrapped(x)
+    assert torch.equal(without, wrapped(x).detach())

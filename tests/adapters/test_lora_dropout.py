@@ -15,6 +15,7 @@ from lora_sites import (
     x_of,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
 from lowrank.adapters import Adapted, LoRA
@@ -84,3 +85,18 @@ def test_sites_of_one_parent_that_read_one_input_share_a_mask(llama: LlamaForCau
     assert torch.equal(masks["first", "q_proj"], masks["first", "k_proj"])
     assert torch.equal(masks["first", "q_proj"], masks["first", "v_proj"])
     assert not torch.equal(masks["first", "q_proj"], masks["second", "q_proj"])
+
+
+@pytest.mark.parametrize("time", [None, (3, 1)], ids=["a clock that nobody sets", "a set clock"])
+def test_recomputing_the_forward_in_backward_draws_the_same_mask(time: tuple[int, int] | None) -> None:
+    clock = Clock(2)
+    if time is not None:
+        clock.set(*time)
+    wrapped = wrap(nn.Linear(IN, OUT), dropout=0.5, clock=clock).double().train()
+    x = x_of(5, IN)
+    gradients = []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        y = checkpoint(wrapped, x, use_reentrant=False) if recomputed else wrapped(x)
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, lora(wrapped).A, lora(wrapped).B]))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

@@ -43,7 +43,7 @@ def saved(model: Any, folder: Path) -> list[Path]:
     return [folder / "model.safetensors"]
 
 
-def test_quantising_is_in_place_and_takes_every_linear_weight_but_the_head(model: nn.Module) -> None:
+def test_quantising_is_in_place_and_takes_every_linear_weight_but_the_head(model: Any) -> None:
     linear = [path for path, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and path != "lm_head"]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert quantize(model, "nf4") is model
@@ -53,12 +53,12 @@ def test_quantising_is_in_place_and_takes_every_linear_weight_but_the_head(model
     assert type(head) is nn.Linear
 
 
-def test_a_quantised_model_is_the_dense_one_with_its_weights_rounded(model: nn.Module, tokens: Tensor) -> None:
+def test_a_quantised_model_is_the_dense_one_with_its_weights_rounded(model: Any, tokens: Tensor) -> None:
     rounded: Any = copy.deepcopy(model)
     quantize(model)
     for path, layer in model.named_modules():
         if isinstance(layer, NF4Linear):
-            dense = rounded.get_submodule(path)
+            dense: Any = rounded.get_submodule(path)
             weight = layer.dequantize()
             dense.weight.data = weight.T.contiguous() if isinstance(dense, Conv1D) else weight
     torch.testing.assert_close(logits(model, tokens), logits(rounded, tokens), rtol=0, atol=1e-5)
@@ -89,7 +89,7 @@ def test_an_unknown_kind_is_an_error(llama: LlamaForCausalLM) -> None:
         quantize(llama, "nf3")
 
 
-def test_the_head_stays_dense_whatever_it_is_called_and_whatever_skip_says(model: nn.Module) -> None:
+def test_the_head_stays_dense_whatever_it_is_called_and_whatever_skip_says(model: Any) -> None:
     assert "lm_head" not in quantizable(model, [])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import subprocess
@@ -195,6 +196,16 @@ def test_a_state_dict_goes_into_an_empty_layer_bit_for_bit(double: bool) -> None
 def test_a_state_dict_that_lacks_the_weight_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="packed"):
         NF4Linear(128, 64, double=True).load_state_dict({})
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_state_dict_without_this_layer_leaves_it_alone(double: bool) -> None:
+    """``model.load_state_dict(adapters, strict=False)`` visits every layer of the model."""
+    layer = layer_of(double=double, bias=True)
+    before, weight = copy.deepcopy(layer), layer.dequantize()
+    nn.Sequential(layer, nn.Linear(64, 2)).load_state_dict({"1.weight": torch.zeros(2, 64)}, strict=False)
+    assert same_state(layer, before)
+    assert torch.equal(layer.dequantize(), weight)
 
 
 @pytest.mark.parametrize("double", [True, False])

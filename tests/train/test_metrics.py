@@ -1,0 +1,72 @@
+"""metrics.jsonl: a JSON object a line, whole or not there, cut back on resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from lowrank.train.hooks import StepRecord
+from lowrank.train.metrics import Metrics, read
+
+
+def record(step: int, loss: float = 1.5) -> StepRecord:
+    return StepRecord(step, loss, 1e-4, 0.25, 12, 100, 50.0, 300.0, 2.0)
+
+
+def test_a_row_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        metrics.after_step(record(step))
+        rows = read(tmp_path / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, step + 1))
+    metrics.close()
+    assert rows[0] == record(1).to_dict()
+
+
+def test_every_line_is_json_that_other_programs_read(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.after_step(record(1, loss=math.nan))
+    metrics.write({"event": "eval", "step": 1, "loss": math.inf, "note": "–"})
+    metrics.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["loss"] for row in rows] == [None, None]
+    assert rows[1]["note"] == "–"
+
+
+def test_rows_are_appended_to_what_an_earlier_process_wrote(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        metrics = Metrics(tmp_path / "metrics.jsonl")
+        metrics.after_step(record(step))
+        metrics.close()
+    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_cutting_back_to_a_checkpoints_place_neither_repeats_nor_drops_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path)
+    metrics.after_step(record(1))
+    place = metrics.position()
+    metrics.after_step(record(2, loss=9.0))
+    metrics.file.write(b'{"event": "st')  # the crash
+    metrics.close()
+    again = Metrics(path)
+    again.cut(place)
+    assert again.position() == place
+    again.after_step(record(2))
+    again.close()
+    assert [(row["step"], row["loss"]) for row in read(path)] == [(1, 1.5), (2, 1.5)]
+
+
+def test_a_line_that_a_crash_tore_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = json.dumps({"event": "step", "step": 1}) + "\n"
+    for cut in range(1, len(whole)):
+        path.write_bytes(whole.encode() + whole.encode()[:cut])
+        assert [row["step"] for row in read(path)] == [1] * (2 if cut == len(whole) else 1)
+    assert read(tmp_path / "none.jsonl") == []
