@@ -25,6 +25,7 @@ from lowrank.data.order import Batches
 from lowrank.data.pack import Batch, Document, pack, pad
 from lowrank.errors import ConfigError
 from lowrank.evaluate import Evaluator
+from lowrank.fast.linear import fuse
 from lowrank.models import attention
 from lowrank.models import load as models
 from lowrank.quant.convert import load_quantized, quantize, report
@@ -155,6 +156,7 @@ class Loaded:
 
     model: Any  # a transformers causal LM
     collate: Callable[[Sequence[Document]], Batch]
+    fast: str  # what runs on faster kernels: part of a run's identity
     notes: tuple[str, ...]
 
 
@@ -162,6 +164,7 @@ def load(parts: Parts) -> Loaded:
     config = parts.config
     model: Any = base(config, parts.dtype).to(parts.device)
     notes = [str(report(model))] if config.quant.kind == "nf4" else []
+    fast = fuse(model) if config.loop.fast else "fast path: off (loop.fast=false)"
     plain = model.config._attn_implementation
     why_not = attention.install(model) or attention.cannot_pack(model)
     if why_not:
@@ -171,7 +174,7 @@ def load(parts: Parts) -> Loaded:
         # transformers 5.2x renames it; the first argument is torch.utils.checkpoint's in both
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return Loaded(model, pad if why_not else pack, tuple(notes))
+    return Loaded(model, pad if why_not else pack, fast, (fast, *notes))
 
 
 def base(config: Config, dtype: torch.dtype) -> nn.Module:

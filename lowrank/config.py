@@ -98,6 +98,7 @@ class Loop:
     device: str
     seed: int
     gradient_checkpointing: bool
+    fast: bool
 
 
 @dataclass(frozen=True)

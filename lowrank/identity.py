@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def identity(
-    config: Config, *, plan: InjectionPlan, data: str, base: str, precision: str, device: str
+    config: Config, *, plan: InjectionPlan, data: str, base: str, precision: str, device: str, fast: str
 ) -> dict[str, Any]:
     """Flat, so that differences can be told field by field. ``data`` and ``base`` are hashes of content."""
     return {
@@ -40,6 +40,7 @@ def identity(
         "code": code_hash(plan),
         "precision": precision,
         "device": device,
+        "fast": fast,
         "threads": torch.get_num_threads(),
         **{f"versions.{name}": value for name, value in versions().items()},
     }

@@ -176,6 +176,7 @@ RULES: dict[str, Rule] = {
     "loop.device": Rule("auto, cpu, cuda or cuda:N", is_device, names=("auto", "cpu", "cuda")),
     "loop.seed": COUNT,
     "loop.gradient_checkpointing": FLAG,
+    "loop.fast": FLAG,
     "eval.before": FLAG,
     "eval.every": COUNT,
     "eval.limit": or_null(POSITIVE),

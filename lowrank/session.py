@@ -49,6 +49,7 @@ class Session:
             base=base_id(self.base),
             precision=parts.precision,
             device=parts.device.type,
+            fast=loaded.fast,
         )
         self.saved = self.checkpoint_to_resume()
         self.evaluator = assemble.evaluator(self.config, parts, data, loaded)
@@ -125,11 +126,16 @@ class Session:
         self.log.say("evaluating the untouched model …")
         generate, data = self.config.eval, asdict(self.config.data)
         depends = {
-            **{k: v for k, v in self.identity.items() if k in ("base", "data", "precision", "device", "threads")},
+            **{
+                k: v
+                for k, v in self.identity.items()
+                if k in ("base", "data", "precision", "device", "fast", "threads")
+            },
             **{k: v for k, v in self.identity.items() if k.startswith("versions.")},
             "quant": asdict(self.config.quant),
             "settings": data,
             "eval": {**asdict(generate), "every": None, "before": None},
+            "fast": self.loaded.fast,
             "packed": self.loaded.collate.__name__,
         }
         return self.evaluator.cached(self.model, depends, cache())
@@ -284,6 +290,7 @@ class Session:
             "precision": self.parts.precision,
             "device": str(self.parts.device),
             "threads": torch.get_num_threads(),
+            "fast": self.loaded.fast,
             "packed": self.loaded.collate.__name__ == "pack",
             "base": base_id(self.base),
             "data": {"name": self.data.split.name, "sha256": self.data.split.sha256},

@@ -105,6 +105,7 @@ def like(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
                 vars(new)[name] = dict(held)
             elif name.endswith("_hooks"):
                 vars(new)[name] = type(held)()
+        vars(new).pop("forward", None)  # a faster one is bound to the base
     values = weight.T if isinstance(base, (Conv1D, nn.Embedding)) else weight
     new._parameters["weight"] = nn.Parameter(values.contiguous().clone(), requires_grad=False)
     if bias is not None:

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -25,6 +26,7 @@ from lowrank.errors import ConfigError
 from lowrank.models import hub, smollm2, tiny
 from lowrank.models.quiet import quiet
 
+GENERATION = "generation_config.json"
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -66,11 +68,14 @@ def config(model: Model) -> PretrainedConfig:
 
 def skeleton(model: Model, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The causal language model on the meta device: names, shapes and types, no weights."""
-    found = config(model)
+    path, found = folder(model), config(model)
     if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise _refusal(model, f"{folder(model)} holds a {found.model_type}: no causal language model.")
+        raise _refusal(model, f"{path} holds a {found.model_type}: no causal language model.")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(found, dtype=dtype, trust_remote_code=False).eval()
+        bare = AutoModelForCausalLM.from_config(found, dtype=dtype, trust_remote_code=False)
+    if (path / GENERATION).is_file():  # its end tokens count wherever the skeleton is filled with weights
+        bare.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return bare.eval()
 
 
 def tokenizer(model: Model) -> PreTrainedTokenizerBase:

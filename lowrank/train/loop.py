@@ -154,5 +154,8 @@ def peak_memory_mb(device: torch.device) -> float:
     """The allocator's peak on CUDA, the process's peak on a CPU, in MB of 10⁶ bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "linux":  # of this process alone: ru_maxrss begins with the peak of the one that started it
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) * 1024 / 1e6 for line in status if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -1,0 +1,93 @@
+"""Frozen linear layers on a CPU through oneDNN.
+
+y = x Wᵀ + b, in fp32. PyTorch's own product is MKL's, which keeps its fast kernels for Intel's CPUs; on others
+oneDNN, which PyTorch carries too but uses for fp32 in compiled graphs only, is about twice as fast. The layer keeps
+its class, parameters and names: ``fuse`` sets ``forward`` on the instance, ``unfuse`` deletes it.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lowrank.adapters.base import LINEAR, dense_weight
+
+
+def fuse(model: nn.Module) -> str:
+    """Takes the linear-like layers of ``model`` (dense, Conv1D, NF4) that it can; returns what it did, in a line."""
+    why_not = cannot()
+    if why_not:
+        return f"fast path: none ({why_not})"
+    layers = [m for m in model.modules() if type(m) in LINEAR]
+    for layer in layers:
+        layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
+    return f"fast path: {len(layers)} linear layers through oneDNN"
+
+
+def unfuse(model: nn.Module) -> None:
+    for module in model.modules():
+        vars(module).pop("forward", None)
+
+
+def cannot() -> str | None:
+    """Why oneDNN would not be the better choice here, or None: by capability, never by a stopwatch."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "this PyTorch has no oneDNN"
+    if not torch.backends.mkl.is_available():
+        return "this PyTorch's own products are not MKL's"
+    if "AuthenticAMD" not in cpu():
+        return "MKL's own kernels suit this CPU"
+    return None
+
+
+def cpu() -> str:
+    """What the system says of the processor; empty where it does not say."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return file.read(4096)
+    except OSError:
+        return ""
+
+
+def forward(self: Any, x: Tensor) -> Tensor:
+    """In place of the layer's own: that one wherever its weight trains, or the numbers are not fp32 on a CPU."""
+    trains = any(p.requires_grad for p in self.parameters(recurse=False))
+    if trains or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return type(self).forward(self, x)
+    if getattr(self, "compute_dtype", None) not in (None, torch.float32) or dense_dtype(self) != torch.float32:
+        return type(self).forward(self, x)
+    return FrozenLinear.apply(x, self)
+
+
+def dense_dtype(layer: Any) -> torch.dtype:
+    """The dtype that its weight comes out in: an NF4 weight in any that is asked for."""
+    return layer.weight.dtype if hasattr(layer, "weight") else torch.float32
+
+
+class FrozenLinear(torch.autograd.Function):
+    """x Wᵀ + b with W frozen: nothing is kept, an NF4 weight is dequantised again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        weight = dense_weight(layer)  # (out, in)
+        y = product(x.reshape(-1, weight.shape[1]), weight, layer.bias)  # (tokens, out)
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])  # no view: an adapter adds in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        weight = dense_weight(ctx.layer)  # (out, in)
+        grad_x = product(grad.reshape(-1, weight.shape[0]), weight.T, None)  # (tokens, in)
+        return grad_x.view(*grad.shape[:-1], weight.shape[1]), None
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(rows, in) by (out, in) → (rows, out), by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

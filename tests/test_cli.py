@@ -1,0 +1,254 @@
+"""``lowrank …`` on a run directory, and ``python train.py``'s refusals: what is printed, exit codes, what is left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from commands import SMALL, lowrank, train, write_rows
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowrank import cli
+from lowrank import open as open_run
+from lowrank.models import tiny
+
+PROMPT = "Say number 3."
+SAMPLING = ("--do-sample", "--max-new-tokens", "24", "--temperature", "0.7")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWRANK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
+    """A finished run, trained through the command line, far enough to change what is generated."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    more = ("model=tiny_llama", f"data.path={rows}", "loop.steps=30", "optim.lr=1e-2", f"hydra.run.dir={folder}")
+    done = train(*SMALL, *more)
+    assert done.returncode == 0, done.stderr
+    assert "held-out loss" in done.stdout
+    assert str(folder / "report.html") in done.stdout
+    assert "step 30/30" in done.stderr
+    return folder
+
+
+def test_generate_prints_the_text_alone_and_the_same_one_for_a_seed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = lowrank("generate", str(folder), PROMPT, *SAMPLING, "--seed", "3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+    assert "###" not in done.stdout  # neither prompt nor template
+    for seed in ("3", "4"):  # in another process, this one
+        cli.main(["generate", str(folder), PROMPT, *SAMPLING, "--seed", seed])
+        assert (capsys.readouterr().out == done.stdout) == (seed == "3")
+
+
+def test_generate_takes_its_settings_from_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["generate", str(folder), PROMPT])
+    greedy = capsys.readouterr().out.removesuffix("\n")
+    assert len(greedy.encode()) <= 4  # eval.generate.max_new_tokens=4, and a token is a byte
+    cli.main(["generate", str(folder), PROMPT, "--max-new-tokens", "8"])
+    assert capsys.readouterr().out.strip().startswith(greedy.strip())
+
+
+def test_generate_gives_the_tuned_text_of_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
+    instruction = sample["prompt"].split("### Instruction:\n")[1].split("\n\n")[0]
+    block = sample["prompt"].partition("### Input:\n")[2].partition("\n\n")[0]
+    cli.main(["generate", str(folder), instruction, "--input", block])
+    assert capsys.readouterr().out == f"{sample['tuned']}\n"
+
+
+def test_chat_answers_each_line_of_a_pipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = lowrank("chat", str(folder), stdin=f"{PROMPT}\nSay number 4.\n")
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.splitlines()
+    assert len(answers) == 2
+    cli.main(["generate", str(folder), PROMPT])
+    assert answers[0] == capsys.readouterr().out.removesuffix("\n")
+
+
+def test_evaluate_repeats_the_run_s_own_figures_and_measures_other_data(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["evaluate", str(folder)])
+    mine = json.loads(capsys.readouterr().out)
+    after = json.loads((folder / "summary.json").read_text())["eval"]["after"]
+    assert mine == {name: value for name, value in after.items() if name != "rougeL_gain"}
+    other = write_rows(tmp_path / "other.jsonl", 40)
+    done = lowrank("evaluate", str(folder), "data=jsonl", f"data.path={other}", "data.fields.response=output")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout).keys() == mine.keys()
+    assert json.loads(done.stdout)["loss"] != mine["loss"]
+
+
+def test_evaluate_refuses_what_is_not_evaluation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(["evaluate", str(folder), "optim.lr=1"]) == 2
+    assert capsys.readouterr().err == "optim.lr=1: only data and eval may differ from the run's.\n"
+    assert refused(["evaluate", str(folder), "data.limt=1"]) == 2
+    assert capsys.readouterr().err.startswith("data.limt: unknown key. Did you mean 'limit'?")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # which PEFT reads
+def test_an_exported_adapter_is_what_peft_loads(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["export", str(folder), str(tmp_path / "peft")])
+    assert capsys.readouterr().out == f"{tmp_path / 'peft'}\n"
+    base = AutoModelForCausalLM.from_pretrained(tiny.folder("tiny_llama"))
+    untouched, ours = logits(base), logits(open_run(folder).model)
+    theirs = logits(PeftModel.from_pretrained(base, tmp_path / "peft").eval())
+    assert (ours - theirs).abs().max() <= 1e-5
+    assert (ours - untouched).abs().max() > 1e-2
+
+
+def test_a_merged_folder_is_a_plain_transformers_model(folder: Path, tmp_path: Path) -> None:
+    done = lowrank("merge", str(folder), str(tmp_path / "merged"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("merged 14 sites\n")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (logits(merged) - logits(open_run(folder).model)).abs().max() <= 1e-5
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").decode([72, 105]) == "Hi"
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[256, 72, 101, 108, 108, 111]])).logits
+
+
+def test_inspect_data_marks_what_is_learnt(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["model=tiny_llama", "data=jsonl", f"data.path={rows}", "data.fields.response=output", "--limit", "1"]
+    cli.main(["inspect", "data", *given])
+    head, *text = capsys.readouterr().out.splitlines()
+    assert head.startswith("row 1: ")
+    assert text[:8] == [
+        *("<|bos|>### Instruction:", "Say number 0.", "", "### Input:", "list 0", ""),
+        *("### Response:", "⟦0, or 1<|eos|>⟧"),
+    ]
+
+
+def test_inspect_plan_shows_every_site(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["inspect", "plan", "model=tiny_gpt2", "adapter.targets={c_attn:{r:8}}"])
+    header, *sites, totals = capsys.readouterr().out.splitlines()
+    assert header.split() == ["path", "kind", "shape", "adapter", "parameters"]
+    assert [line.split()[:3] for line in sites] == [
+        [f"transformer.h.{i}.attn.c_attn", "Conv1D", "192×64"] for i in range(2)
+    ]
+    assert totals.startswith("2 rows, 4,096 trainable parameters")
+
+
+def test_report_is_written_anew(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    cli.main(["report", str(folder)])
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
+    assert (folder / "report.html").read_bytes() == page
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "evaluate", "export", "merge", "report"])
+def test_what_is_no_run_directory_is_said(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"generate": ["hello"], "export": [str(tmp_path / "out")], "merge": [str(tmp_path / "out")]}
+    arguments = [command, str(tmp_path), *more.get(command, [])]
+    assert refused(arguments) == 2
+    assert capsys.readouterr().err == f"{tmp_path}: not a run directory (no config.yaml there).\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def refused(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    return int(ended.value.code or 0)
+
+
+# python train.py: each refusal names what, where and what to do, in one block after what was announced until then.
+
+
+def refusal(tmp_path: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code and last block of a run that must end before its first step, and so leave nothing."""
+    small = [argument for argument in SMALL if not any(a.split("=")[0] == argument.split("=")[0] for a in arguments)]
+    done = train("model=tiny_llama", *small, *arguments, cwd=tmp_path, LOWRANK_OUTPUTS=str(tmp_path / "outputs"))
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "outputs").exists()
+    announced = ("tiny_llama (", "data: rows.jsonl, 18 examples")
+    return done.returncode, "".join(
+        line for line in done.stderr.splitlines(keepends=True) if not line.startswith(announced)
+    )
+
+
+def test_a_target_that_matches_nothing_is_refused_though_another_matches(tmp_path: Path, rows: Path) -> None:
+    assert refusal(tmp_path, f"data.path={rows}", "adapter.targets=[v_proj,q_porj]") == (
+        2,
+        "adapter.targets: 'q_porj' matches no module. Nearest: 'q_proj' (2 modules).\n",
+    )
+
+
+def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path, rows: Path) -> None:
+    assert refusal(tmp_path, f"data.path={rows}", "data.fields.response=ouput") == (
+        4,
+        "data.fields.response: no column 'ouput' in rows.jsonl (has: instruction, input, output). "
+        "Did you mean 'output'?\n",
+    )
+
+
+def test_a_line_that_is_not_json_is_shown_with_its_number(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "bad.jsonl")
+    lines = path.read_text().splitlines()
+    lines[6] = '{"instruction": "a", "input" "b"}'
+    path.write_text("\n".join(lines))
+    code, said = refusal(tmp_path, f"data.path={path}")
+    assert code == 4
+    assert said.startswith("bad.jsonl:7: not valid JSON (column 30).\n" + f"  {lines[6]}\n")
+
+
+def test_examples_cut_to_nothing_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_rows(path)
+    long = {"instruction": "Say " + "very " * 30 + "much.", "input": "", "output": "much"}
+    path.write_text(path.read_text() + f"{json.dumps(long)}\n" * 2)
+    held_out = write_rows(tmp_path / "held.jsonl")
+    code, said = refusal(tmp_path, f"data.path={path}", f"data.eval_path={held_out}", "data.max_length=128")
+    assert (code, said) == (
+        4,
+        "data: 2 of 22 examples have no target token after truncation to 128 (first: row 21). "
+        "Raise data.max_length or set data.on_empty=drop.\n",
+    )
+
+
+def test_a_model_that_is_not_there_is_said_with_what_to_do(tmp_path: Path, rows: Path) -> None:
+    code, said = refusal(tmp_path, f"data.path={rows}", "model=hf", "model.name=gtp2")
+    assert code == 2
+    assert said.startswith("model.name: 'gtp2' is neither a folder nor reachable on the hub (offline).\n")
+    assert "Give a folder that holds config.json, weights and tokenizer" in said
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_step_before(tmp_path: Path, rows: Path) -> None:
+    folder = tmp_path / "run"
+    small = [argument for argument in SMALL if not argument.startswith("eval")]
+    diverging = ("optim.lr=1e20", "loop.accumulate=2", "loop.steps=5", "checkpoint.every=1")
+    more = (f"data.path={rows}", "eval.before=false", f"hydra.run.dir={folder}")
+    done = train("model=tiny_llama", *small, *diverging, *more)
+    assert done.returncode == 5
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("step 2: loss is nan in micro-batch 1 of 2 (rows ")
+    assert last.endswith("). Parameters are those of step 1, saved in checkpoints/step-00000001.")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["error"], summary["steps"]) == ("failed", last, 1)
+    assert [row["step"] for row in open_run(folder).metrics] == [1]
+    assert last in (folder / "events.log").read_text()
+    assert not (folder / "adapter").exists()
