@@ -124,18 +124,12 @@ class Session:
 
     def evaluate_base(self) -> Evaluation:
         self.log.say("evaluating the untouched model …")
-        generate, data = self.config.eval, asdict(self.config.data)
+        known = ("base", "data", "precision", "device", "fast", "threads")
         depends = {
-            **{
-                k: v
-                for k, v in self.identity.items()
-                if k in ("base", "data", "precision", "device", "fast", "threads")
-            },
-            **{k: v for k, v in self.identity.items() if k.startswith("versions.")},
+            **{name: v for name, v in self.identity.items() if name in known or name.startswith("versions.")},
             "quant": asdict(self.config.quant),
-            "settings": data,
-            "eval": {**asdict(generate), "every": None, "before": None},
-            "fast": self.loaded.fast,
+            "settings": asdict(self.config.data),
+            "eval": {**asdict(self.config.eval), "every": None, "before": None},
             "packed": self.loaded.collate.__name__,
         }
         return self.evaluator.cached(self.model, depends, cache())

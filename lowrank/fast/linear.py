@@ -24,7 +24,7 @@ def fuse(model: nn.Module) -> str:
         return f"fast path: none ({why_not})"
     layers = [m for m in model.modules() if type(m) in LINEAR]
     for layer in layers:
-        layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
+        layer.forward = MethodType(forward, layer)
     return f"fast path: {len(layers)} linear layers through oneDNN"
 
 

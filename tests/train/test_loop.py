@@ -208,7 +208,10 @@ def test_the_models_own_dropout_and_the_adapters_replay_by_key(
     assert runs[0][1] == runs[1][1]
 
 
-def test_micro_batches_and_steps_draw_masks_of_their_own(make_gpt2: Callable[..., GPT2LMHeadModel]) -> None:
+@pytest.mark.parametrize(("own", "dropout"), [("gpt2", 0.0), ("llama", 0.5)], ids=["the model's", "the adapters'"])
+def test_micro_batches_and_steps_draw_masks_of_their_own(
+    own: str, dropout: float, request: pytest.FixtureRequest
+) -> None:
     """The same document in each micro-batch of each step, nothing learnt: only the masks differ."""
     losses: list[float] = []
 
@@ -219,7 +222,8 @@ def test_micro_batches_and_steps_draw_masks_of_their_own(make_gpt2: Callable[...
 
     order = order_of(micro_batch=1, accumulate=3)
     order.documents = [order.documents[1]] * 12
-    loop = loop_of(make_gpt2(), order=order, loss=recorded, schedule=lambda step: 0.0)
+    model = request.getfixturevalue(own)
+    loop = loop_of(model, dropout=dropout, order=order, loss=recorded, schedule=lambda step: 0.0)
     loop.run(2)
     assert len(set(losses)) == 6
 
