@@ -245,6 +245,8 @@ def test_quantising_does_not_touch_the_dense_weight_nor_share_its_memory() -> No
 
 
 def test_quantising_prints_nothing() -> None:
-    code = "import torch; from lowrank.quant.nf4 import NF4Linear as N; N.from_dense(torch.ones(8, 8), None, double=True)"
+    code = (
+        "import torch; from lowrank.quant.nf4 import NF4Linear as N; N.from_dense(torch.ones(8, 8), None, double=True)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == done.stderr == ""
