@@ -162,7 +162,7 @@ class Loaded:
 
 def load(parts: Parts) -> Loaded:
     config = parts.config
-    model: Any = base(config, parts.dtype).to(parts.device)
+    model: Any = base(config, parts.dtype).to(parts.device).requires_grad_(False)
     notes = [str(report(model))] if config.quant.kind == "nf4" else []
     fast = fuse(model) if config.loop.fast else "fast path: off (loop.fast=false)"
     plain = model.config._attn_implementation

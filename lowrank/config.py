@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import reduce
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -158,6 +159,10 @@ class Config:
             tree[name] = {"_target_": group.pop("target"), **group, **options}
         return tree
 
+    def to_yaml(self) -> str:
+        """A run directory's config.yaml."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
+
 
 GROUPS: dict[str, type] = get_type_hints(Config)
 NESTED: dict[str, type] = {"data.fields": Fields, "eval.generate": Generate}
@@ -182,6 +187,11 @@ def parse(node: DictConfig | Mapping[str, Any]) -> Config:
     optim = config.optim
     check_optimizer(optim.target, {"lr": optim.lr, "weight_decay": optim.weight_decay}, optim.options)
     return config
+
+
+def load(path: Path) -> Config:
+    """The configuration of a run directory's config.yaml."""
+    return parse(OmegaConf.load(path))  # type: ignore[arg-type]
 
 
 def plain(node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +15,8 @@ from lowrank.adapters import store
 from lowrank.adapters.inject import apply
 from lowrank.adapters.plan import InjectionPlan
 from lowrank.assemble import Loaded, Parts
-from lowrank.config import Config, parse
+from lowrank.config import Config
+from lowrank.config import load as load_config
 from lowrank.directory import Log
 from lowrank.errors import ConfigError, RefusedError
 from lowrank.models.fingerprint import base_id, fingerprint
@@ -36,7 +36,7 @@ class Run:
         path = self.folder / directory.CONFIG
         if not path.is_file():
             raise ConfigError(f"{self.folder}: not a run directory (no {directory.CONFIG} there).")
-        return parse(OmegaConf.load(path))  # type: ignore[arg-type]
+        return load_config(path)
 
     @cached_property
     def parts(self) -> Parts:

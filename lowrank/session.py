@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 from lowrank import assemble, classes, directory
 from lowrank.adapters import preflight, store
@@ -165,8 +164,7 @@ class Session:
     def begin(self, before: Evaluation | None) -> None:
         """The directory's first files, or a checkpoint's state put back; and everything that watches the loop."""
         self.log.open(self.folder)
-        text = OmegaConf.to_yaml(OmegaConf.create(self.config.to_dict()))
-        directory.write_text(self.folder / directory.CONFIG, text)
+        directory.write_text(self.folder / directory.CONFIG, self.config.to_yaml())
         directory.write_text(self.folder / directory.PLAN, f"{self.parts.plan}\n")
         metrics = Metrics(self.folder / directory.METRICS)
         self.tracker = tracker(self.config.track, self.folder, self.config.to_dict())

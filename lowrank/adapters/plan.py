@@ -22,7 +22,7 @@ from lowrank.quant.nf4 import NF4Linear
 
 Pattern = str | type[nn.Module]
 Factory = Callable[..., Adapter]  # an Adapter class, or functools.partial of one with its options
-Rules = Mapping[Pattern, Factory]
+Rules = Mapping[Any, Factory]  # by Pattern; Any, because a Mapping is invariant in its keys
 
 WHERE = "adapter.targets"  # how the configuration calls a plan's patterns
 

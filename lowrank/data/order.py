@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -30,26 +31,28 @@ class Batches:
         micro_batch_tokens: int | None,
         accumulate: int,
     ) -> None:
+        if not documents:
+            raise ValueError("no examples to order")
         self.documents, self.collate, self.seed = documents, collate, seed
         self.micro_batch, self.micro_batch_tokens, self.accumulate = micro_batch, micro_batch_tokens, accumulate
         self.epoch = lru_cache(maxsize=2)(self._epoch)
+        self.ends = [0]  # of each epoch so far, the last of its steps; before the first, 0
 
     def at(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step ``step`` (1 is the first)."""
         return [self.collate([self.documents[i] for i in indices]) for indices in self.indices(step)]
 
     def indices(self, step: int) -> list[list[int]]:
-        epoch, before = 0, 0
-        while step > before + len(self.epoch(epoch)):
-            before += len(self.epoch(epoch))
-            epoch += 1
-        return self.epoch(epoch)[step - before - 1]
+        while step > self.ends[-1]:
+            self.ends.append(self.ends[-1] + len(self.epoch(len(self.ends) - 1)))
+        epoch = bisect.bisect_left(self.ends, step) - 1
+        return self.epoch(epoch)[step - self.ends[epoch] - 1]
 
     def steps(self, epochs: float) -> int:
         """Optimizer steps in ``epochs`` passes over the data, a started step counting whole."""
         whole = int(epochs)
         total = sum(len(self.epoch(e)) for e in range(whole))
-        return total + math.ceil((epochs - whole) * len(self.epoch(whole))) if epochs > whole else total
+        return total + math.ceil(round((epochs - whole) * len(self.epoch(whole)), 6)) if epochs > whole else total
 
     def fingerprint(self, steps: int) -> str:
         """A hash of the data order of the first ``steps`` steps."""

@@ -140,6 +140,8 @@ class NF4Linear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """A layer made without values takes the sizes of what is loaded; ``nested`` tells double quantisation."""
+        if not any(key.startswith(prefix) for key in state_dict) and self.packed is not None:
+            return super()._load_from_state_dict(state_dict, prefix, *args)  # not about this layer
         for name in STATE:
             held, given = getattr(self, name), state_dict.get(f"{prefix}{name}")
             if given is None and name in ("nested", "bias"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,10 +43,13 @@ def save(folder: Path, step: int, saved: Saved) -> Path:
             return final
         shutil.rmtree(final)
     staging = folder / f".staging-{step:08d}-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
+    for left in folder.glob(".staging-*"):  # by a crash: the run directory is this process's alone
+        shutil.rmtree(left)
     staging.mkdir(parents=True)
     for name, tensors in saved.tensors.items():
-        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        plain = {
+            key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
+        }
         save_file(plain, staging / f"{name}.safetensors", metadata={"format": "pt"})
     (staging / STATE).write_bytes(canonical(saved.state))
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(staging.iterdir())}
@@ -126,7 +131,7 @@ def best_of(paths: list[Path]) -> Path | None:
             loss = json.loads((path / STATE).read_bytes()).get("held_out_loss")
         except (OSError, ValueError):
             continue  # a damaged one cannot be the best; verify names it when it is asked for
-        if loss is not None:
+        if loss is not None and math.isfinite(loss):
             losses[path] = loss
     return min(losses, key=losses.__getitem__) if losses else None
 

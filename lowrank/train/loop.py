@@ -101,7 +101,7 @@ class Loop:
         if not math.isfinite(norm) and not overflowed:
             raise self.not_finite(step, f"gradient norm is {norm}", None, batches)
         lr = set_lr(self.optimizer, self.schedule(step))
-        for hook in self.hooks:
+        for hook in self.hooks if not overflowed else ():
             hook.before_update(step)
         self.precision.update(self.optimizer)
         if overflowed:

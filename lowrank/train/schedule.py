@@ -35,6 +35,8 @@ def decay(kind: str, warm: int, total: int, options: dict[str, Any]) -> Schedule
     def progress(done: int) -> float:
         return min(1.0, (done - warm) / max(1, total - warm))
 
+    if options and kind in ("constant", "constant_with_warmup", "linear", "cosine"):
+        raise ValueError(f"schedule.options: '{kind}' has none (given: {', '.join(options)}).")
     match kind:
         case "constant" | "constant_with_warmup":
             return lambda done: 1.0

@@ -85,7 +85,7 @@ def test_a_text_stops_before_an_end_token_of_tokenizer_model_or_caller(model: Pr
     prompt = PROMPTS[0]
     tokens = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :].tolist()
     third = next(token for token in tokens[2:] if token not in tokens[:2])
-    expected = [[TOKENIZER.decode(tokens[: tokens.index(third)])]]
+    expected = [[TOKENIZER.decode(tokens[: tokens.index(third)], skip_special_tokens=True)]]
     assert generate(model, TOKENIZER, [prompt], max_new_tokens=12, stop=[third]) == expected
     model.generation_config.eos_token_id = [257, third]
     assert generate(model, TOKENIZER, [prompt], max_new_tokens=12) == expected
