@@ -6,7 +6,6 @@ import torch
 from lowrank.eval import stats
 from lowrank.eval.stats import Interval, bootstrap
 
-
 VALUES = torch.randn(30, generator=torch.Generator().manual_seed(2)).tolist()
 
 
