@@ -262,22 +262,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Any:
     return lowrank.train([*SMALL, *more], folder / "run")
 
 
-def test_runs_lists_every_file_of_a_run_directory_and_no_other(finished: Any) -> None:
-    rows = tables((ROOT / "docs/runs.md").read_text())[0][1:]
+def test_runs_and_the_readme_list_every_file_of_a_run_directory_and_no_other(finished: Any) -> None:
     made = {f"{p.name}/" if p.is_dir() else p.name for p in finished.folder.iterdir() if not p.name.startswith(".")}
+    _, *rows = tables((ROOT / "docs/runs.md").read_text())[0]
     assert {row[0].strip("`") for row in rows} == made
     assert {path.name for path in (finished.folder / "adapter").iterdir()} <= set(SPAN.findall(rows[-1][1]))
-    newest = finished.folder / "checkpoints/step-00000002"
     named = SPAN.findall(section("runs.md", "Checkpoints"))
-    assert {path.name for path in newest.iterdir()} <= set(named)
-
-
-def test_the_readme_names_files_of_a_run_directory(finished: Any) -> None:
-    [table] = [table for table in tables((ROOT / "README.md").read_text()) if "in the run directory" in table[0][0]]
-    named = {name for row in table[1:] for name in SPAN.findall(row[0])}
-    assert named == {
-        f"{p.name}/" if p.is_dir() else p.name for p in finished.folder.iterdir() if not p.name.startswith(".")
-    }
+    assert {path.name for path in (finished.folder / "checkpoints/step-00000002").iterdir()} <= set(named)
+    [short] = [t for t in tables((ROOT / "README.md").read_text()) if "in the run directory" in t[0][0]]
+    assert {name for row in short[1:] for name in SPAN.findall(row[0])} == made
 
 
 def test_runs_documents_every_field_of_metrics(finished: Any) -> None:
