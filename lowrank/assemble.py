@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank import classes
 from lowrank.adapters.base import Adapter
-from lowrank.adapters.inject import apply, named_trainable
-from lowrank.adapters.plan import InjectionPlan, Rules, plan, resolve
+from lowrank.adapters.inject import apply, named_trainable, names_parameter
+from lowrank.adapters.plan import InjectionPlan, Rules, plan
 from lowrank.config import Config
 from lowrank.data import chat, sources
 from lowrank.data.order import Batches
@@ -146,7 +146,7 @@ def resolve_dtype(config: Config, precision: str, planned: InjectionPlan) -> tor
     """``auto``: bf16 for a frozen base under bf16, else fp32 (a base that trains needs its small updates)."""
     if config.model.dtype != "auto":
         return DTYPES[config.model.dtype]
-    frozen = all("parameter" not in resolve(row.adapter).sites for row in planned.rows)
+    frozen = not any(names_parameter(row) for row in planned.rows)
     return torch.bfloat16 if frozen and precision == "bf16" else torch.float32
 
 
@@ -164,7 +164,7 @@ def load(parts: Parts) -> Loaded:
     config = parts.config
     model: Any = base(config, parts.dtype).to(parts.device).requires_grad_(False)
     notes = [str(report(model))] if config.quant.kind == "nf4" else []
-    fast = fuse(model) if config.loop.fast else "fast path: off (loop.fast=false)"
+    fast = fast_path(model, parts)
     plain = model.config._attn_implementation
     why_not = attention.install(model) or attention.cannot_pack(model)
     if why_not:
@@ -175,6 +175,15 @@ def load(parts: Parts) -> Loaded:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return Loaded(model, pad if why_not else pack, fast, (fast, *notes))
+
+
+def fast_path(model: nn.Module, parts: Parts) -> str:
+    """Takes what can be taken; returns what that is, in a line."""
+    if not parts.config.loop.fast:
+        return "fast path: off (loop.fast=false)"
+    if any(names_parameter(row) for row in parts.plan.rows):
+        return "fast path: none (the base's own weights train)"
+    return fuse(model)
 
 
 def base(config: Config, dtype: torch.dtype) -> nn.Module:

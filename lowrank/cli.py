@@ -26,7 +26,12 @@ EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: prints one block for an error we understand and exits with its code."""
-    parsed = parser().parse_args(arguments)
+    top = parser()
+    parsed, rest = top.parse_known_args(arguments)
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(parsed, "overrides")):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides that stand behind an option
+        parsed.overrides += rest
     try:
         parsed.command(parsed)
     except Exception as error:
@@ -107,12 +112,13 @@ def answers(run: Run, prompt: Sequence[int], arguments: Any) -> list[str]:
     from lowrank.eval.generate import generate
     from lowrank.train.precision import Precision
 
-    settings = asdict(run.config.eval.generate)
+    names = asdict(run.config.eval.generate)
+    given = [f"eval.generate.{n}={v}" for n in names if (v := getattr(arguments, n, None)) is not None]
+    settings = asdict(compose.changed(run.config, given, allowed=("eval",)).eval.generate)
     settings.pop("limit")
-    given = {name: getattr(arguments, name) for name in settings if getattr(arguments, name, None) is not None}
     stop = ending(run.tokenizer, run.config.data.template)[-1:]
     with Precision(run.parts.precision, run.parts.device).autocast():
-        return generate(run.model, run.tokenizer, [prompt], **{**settings, **given, "stop": stop})[0]
+        return generate(run.model, run.tokenizer, [prompt], **settings, stop=stop)[0]
 
 
 def generate(arguments: Any) -> None:

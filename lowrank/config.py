@@ -99,7 +99,7 @@ class Loop:
     device: str
     seed: int
     gradient_checkpointing: bool
-    fast: bool
+    fast: bool = True
 
 
 @dataclass(frozen=True)

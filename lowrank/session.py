@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -108,14 +109,15 @@ class Session:
         try:
             with stopping_on_signals(self.loop):
                 self.loop.run(self.steps)
-            if self.loop.state.step < self.steps:
-                raise self.interrupted(before)
-            self.finish(before)
+                if self.loop.state.step < self.steps:
+                    raise self.interrupted(before)
+                self.finish(before)
         except NumericsError as error:
-            raise self.stopped_by(error) from error
+            raise self.stopped_by(error, before) from error
         except Interrupted:
             raise
         except BaseException as error:
+            self.log.note(traceback.format_exc())
             self.summarise("failed", before, None, error=f"{type(error).__name__}: {error}")
             raise
         finally:
@@ -221,15 +223,14 @@ class Session:
             hook.load_state_dict(state)
         self.metrics.cut(saved.state["metrics_bytes"])
 
-    def stopped_by(self, error: NumericsError) -> NumericsError:
+    def stopped_by(self, error: NumericsError, before: Evaluation | None) -> NumericsError:
         """The finite guard's stop: the parameters are still those of the step before, and are saved."""
-        where = "nowhere (checkpoint.every=0)"
+        message = f"{error}; nothing was saved (checkpoint.every=0)."
         if self.config.checkpoint.every:
             path = self.checkpoints.save(self.loop.state.step)
-            where = str(path.relative_to(self.folder))
-        message = f"{error}, saved in {where}."
+            message = f"{error}, saved in {path.relative_to(self.folder)}."
         self.log.note(message)
-        self.summarise("failed", None, None, error=message)
+        self.summarise("failed", before, None, error=message)
         return NumericsError(message)
 
     def interrupted(self, before: Evaluation | None) -> Interrupted:

@@ -56,7 +56,7 @@ def transformers_schedule(kind: str, warm: int, total: int, options: dict[str, A
         made = get_scheduler(
             kind, unused, num_warmup_steps=warm, num_training_steps=total, scheduler_specific_kwargs=options
         )
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"schedule.options: {error}") from error
     factors = getattr(made, "lr_lambdas", None)
     if not factors:
