@@ -25,7 +25,7 @@ from lowrank.data.order import Batches
 from lowrank.data.pack import Batch, Document, pack, pad
 from lowrank.errors import ConfigError
 from lowrank.evaluate import Evaluator
-from lowrank.fast.linear import fuse
+from lowrank.fast import linear, swiglu
 from lowrank.models import attention
 from lowrank.models import load as models
 from lowrank.quant.convert import load_quantized, quantize, report
@@ -178,12 +178,13 @@ def load(parts: Parts) -> Loaded:
 
 
 def fast_path(model: nn.Module, parts: Parts) -> str:
-    """Takes what can be taken; returns what that is, in a line."""
+    """Takes what can be taken; returns what that is and what not, in a line."""
     if not parts.config.loop.fast:
         return "fast path: off (loop.fast=false)"
+    blocks = f"{swiglu.fuse(model)} SwiGLU blocks"
     if any(names_parameter(row) for row in parts.plan.rows):
-        return "fast path: none (the base's own weights train)"
-    return fuse(model)
+        return f"fast path: {blocks}, linear layers plain (the base's own weights train)"
+    return f"fast path: {blocks}, {linear.fuse(model)}"
 
 
 def base(config: Config, dtype: torch.dtype) -> nn.Module:

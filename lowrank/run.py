@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,10 @@ class Run:
 
     @cached_property
     def parts(self) -> Parts:
-        return assemble.parts(self.config)
+        """With the precision that the run had: ``auto`` may resolve otherwise on the machine it is opened on."""
+        loop = self.config.loop
+        recorded = replace(loop, precision=self.summary.get("precision", loop.precision))
+        return assemble.parts(replace(self.config, loop=recorded))
 
     @cached_property
     def loaded(self) -> Loaded:

@@ -10,8 +10,8 @@ import torch
 
 from lowrank import assemble, classes, directory
 from lowrank.adapters import preflight, store
-from lowrank.adapters.inject import adapter_state, apply, named_trainable
-from lowrank.adapters.plan import adapted, resolve
+from lowrank.adapters.inject import adapter_state, apply, hooks, named_trainable
+from lowrank.adapters.sites import adapted
 from lowrank.assemble import Data, Loaded, Parts
 from lowrank.directory import Log
 from lowrank.errors import ConfigError, Interrupted, NumericsError, RefusedError
@@ -24,7 +24,6 @@ from lowrank.models.fingerprint import base_id, fingerprint
 from lowrank.report import run as report
 from lowrank.track import tracker
 from lowrank.train import checkpoint, optim
-from lowrank.train.hooks import Hook
 from lowrank.train.loop import Loop, State, peak_memory_mb
 from lowrank.train.loss import target_logits, target_loss
 from lowrank.train.metrics import Metrics
@@ -173,7 +172,7 @@ class Session:
         self.evaluation = PeriodicEvaluation(
             self.evaluator, self.model, metrics, self.tracker, self.config.eval.every, self.steps
         )
-        self.metrics, self.methods = metrics, self.method_hooks()
+        self.metrics, self.methods = metrics, hooks(self.model, self.steps)
         self.checkpoints = checkpoint.Checkpoints(
             self.folder / directory.CHECKPOINTS,
             self.snapshot,
@@ -190,16 +189,6 @@ class Session:
         self.progress = ProgressLine(self.loop.state.step, self.steps)
         watching = [*([self.tracker] if self.tracker else []), self.progress]
         self.loop.hooks = [metrics, *self.methods, self.evaluation, *watching, self.checkpoints]
-
-    def method_hooks(self) -> list[Hook]:
-        """What each method in the plan does over time."""
-        found = []
-        for cls in dict.fromkeys(resolve(row.adapter) for row in self.parts.plan.rows):
-            mine = {path: m.adapter for path, m in adapted(self.model) if type(m.adapter) is cls}
-            hook = cls.hook(mine, steps=self.steps)
-            if hook is not None:
-                found.append(hook)
-        return found
 
     def snapshot(self) -> checkpoint.Saved:
         tensors, values = optim.state_tensors(self.loop.optimizer)

@@ -9,19 +9,8 @@ from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapted, Adapter, shape
 from lowrank.adapters.full import Full
-from lowrank.adapters.plan import (
-    InjectionPlan,
-    Row,
-    adapted,
-    count,
-    dotted,
-    owners,
-    parameters,
-    resolve,
-    site_kind,
-    sites,
-    uncovered,
-)
+from lowrank.adapters.plan import InjectionPlan, Row, dotted, resolve
+from lowrank.adapters.sites import adapted, count, owners, parameters, site_kind, sites, uncovered
 from lowrank.errors import ConfigError
 from lowrank.keys import Clock, key
 
@@ -160,3 +149,12 @@ def current_plan(model: nn.Module) -> InjectionPlan:
         if p.requires_grad
     ]
     return InjectionPlan(tuple(rows), count(model), uncovered(model))
+
+
+def hooks(model: nn.Module, steps: int) -> list[Any]:
+    """What each method on the model does over time, for a run of ``steps``."""
+    methods: dict[type[Adapter], dict[str, Adapter]] = {}
+    for path, module in adapted(model):
+        methods.setdefault(type(module.adapter), {})[path] = module.adapter
+    made = (cls.hook(adapters, steps=steps) for cls, adapters in methods.items())
+    return [hook for hook in made if hook is not None]

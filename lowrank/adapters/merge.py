@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.base import Adapted, NotMergeable, dense_weight
-from lowrank.adapters.plan import adapted, sites
+from lowrank.adapters.sites import adapted, sites
 from lowrank.keys import key
 from lowrank.quant.nf4 import NF4Linear
 

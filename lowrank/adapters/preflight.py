@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lowrank.adapters.base import LINEAR, Adapted, NotMergeable, dense_weight
 from lowrank.adapters.inject import named_trainable
-from lowrank.adapters.plan import InjectionPlan, adapted
+from lowrank.adapters.plan import InjectionPlan
+from lowrank.adapters.sites import adapted
 from lowrank.errors import ConfigError
 from lowrank.keys import key
 

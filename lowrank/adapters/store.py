@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapter
 from lowrank.adapters.inject import adapter_state, built, current_plan, install
-from lowrank.adapters.plan import InjectionPlan, class_and_options, parameters, resolve
+from lowrank.adapters.plan import InjectionPlan, class_and_options, resolve
+from lowrank.adapters.sites import parameters
 from lowrank.errors import ConfigError, RefusedError
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from lowrank.adapters.base import shape
 from lowrank.adapters.inject import apply, current_plan
 from lowrank.adapters.lora import LoRA
-from lowrank.adapters.plan import Factory, Pattern, adapted, plan, site_kind, sites
+from lowrank.adapters.plan import Factory, plan
+from lowrank.adapters.sites import Pattern, adapted, site_kind, sites
 from lowrank.adapters.store import load_state
 from lowrank.errors import ConfigError, RefusedError, nearest
 from lowrank.export.peft_config import CONFIG, PeftLoRA, read_config

@@ -18,14 +18,14 @@ from lowrank.adapters.base import LINEAR, dense_weight
 
 
 def fuse(model: nn.Module) -> str:
-    """Takes the linear-like layers of ``model`` (dense, Conv1D, NF4) that it can; returns what it did, in a line."""
+    """Takes the linear-like layers (dense, Conv1D, NF4) where that pays; returns what it did, or why not."""
     why_not = cannot()
     if why_not:
-        return f"fast path: none ({why_not})"
+        return f"linear layers plain ({why_not})"
     layers = [m for m in model.modules() if type(m) in LINEAR]
     for layer in layers:
         layer.forward = MethodType(forward, layer)
-    return f"fast path: {len(layers)} linear layers through oneDNN"
+    return f"{len(layers)} linear layers through oneDNN"
 
 
 def unfuse(model: nn.Module) -> None:

@@ -12,7 +12,8 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from lowrank.adapters import Adapted, Adapter, Full, LoRA
 from lowrank.adapters.inject import adapter_state, apply, current_plan, named_trainable, remove
-from lowrank.adapters.plan import InjectionPlan, Rules, plan, sites
+from lowrank.adapters.plan import InjectionPlan, Rules, plan
+from lowrank.adapters.sites import sites
 from lowrank.errors import ConfigError
 from lowrank.keys import Clock
 from lowrank.quant.convert import quantize

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 
 from lowrank.adapters import LoRA
 from lowrank.adapters.inject import apply
-from lowrank.adapters.plan import adapted, plan
+from lowrank.adapters.plan import plan
+from lowrank.adapters.sites import adapted
 from lowrank.keys import key
 from lowrank.models.tiny import tiny_gpt2, tiny_llama
 

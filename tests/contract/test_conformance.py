@@ -20,8 +20,9 @@ from lowrank.adapters import Adapted, Adapter, NotMergeable
 from lowrank.adapters.base import shape
 from lowrank.adapters.inject import adapter_state, apply, current_plan, named_trainable, remove
 from lowrank.adapters.merge import merge
-from lowrank.adapters.plan import InjectionPlan, Rules, option_names, plan, site_kind
+from lowrank.adapters.plan import InjectionPlan, Rules, option_names, plan
 from lowrank.adapters.preflight import check_gradients, check_subclasses, check_trainable
+from lowrank.adapters.sites import site_kind
 from lowrank.adapters.store import load_adapter, save_adapter
 from lowrank.errors import ConfigError
 from lowrank.keys import Clock, key

@@ -14,7 +14,8 @@ from torch import nn
 from lowrank.adapters import Adapter, LoRA
 from lowrank.adapters.full import Full
 from lowrank.adapters.inject import apply
-from lowrank.adapters.plan import adapted, plan
+from lowrank.adapters.plan import plan
+from lowrank.adapters.sites import adapted
 from lowrank.errors import ConfigError
 from lowrank.export.peft import export_peft, import_peft
 from lowrank.quant.convert import quantize

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lowrank.adapters.inject import apply, current_plan
-from lowrank.adapters.plan import adapted, plan
+from lowrank.adapters.plan import plan
+from lowrank.adapters.sites import adapted
 from lowrank.adapters.store import load_adapter, save_adapter
 from lowrank.errors import ConfigError, RefusedError
 from lowrank.export.peft import import_peft

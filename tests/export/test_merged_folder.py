@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from lowrank.adapters import Adapter, LoRA
 from lowrank.adapters.full import Full
 from lowrank.adapters.inject import apply
-from lowrank.adapters.plan import adapted, plan
+from lowrank.adapters.plan import plan
+from lowrank.adapters.sites import adapted
 from lowrank.errors import ConfigError
 from lowrank.export import merged as merging
 from lowrank.export.merged import save_merged
