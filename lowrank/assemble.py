@@ -35,8 +35,6 @@ from lowrank.train import precision as precisions
 from lowrank.train.loss import target_loss
 from lowrank.train.schedule import Schedule, schedule
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -116,7 +114,7 @@ def skeleton(config: Config) -> nn.Module:
 
 def quant_options(config: Config) -> dict[str, Any]:
     quant = config.quant
-    compute = DTYPES[quant.compute_dtype] if quant.compute_dtype else None
+    compute = precisions.DTYPES[quant.compute_dtype] if quant.compute_dtype else None
     return {"double": quant.double, "skip": quant.skip, "compute_dtype": compute}
 
 
@@ -145,7 +143,7 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(config: Config, precision: str, planned: InjectionPlan) -> torch.dtype:
     """``auto``: bf16 for a frozen base under bf16, else fp32 (a base that trains needs its small updates)."""
     if config.model.dtype != "auto":
-        return DTYPES[config.model.dtype]
+        return precisions.DTYPES[config.model.dtype]
     frozen = not any(names_parameter(row) for row in planned.rows)
     return torch.bfloat16 if frozen and precision == "bf16" else torch.float32
 

@@ -13,24 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lowrank.disk import write_text
 from lowrank.errors import RefusedError
 
 CONFIG, PLAN, METRICS, EVENTS = "config.yaml", "plan.txt", "metrics.jsonl", "events.log"
 SAMPLES, SUMMARY, REPORT = "samples.jsonl", "summary.json", "report.html"
 CHECKPOINTS, ADAPTER, LOCK = "checkpoints", "adapter", ".lock"
-
-
-def write_text(path: Path, text: str) -> None:
-    """The whole file or, on any failure, none of it."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with staged.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def json_line(value: Any) -> str:

@@ -14,6 +14,7 @@ from lowrank.adapters.inject import adapter_state, apply, hooks, named_trainable
 from lowrank.adapters.sites import adapted
 from lowrank.assemble import Data, Loaded, Parts
 from lowrank.directory import Log
+from lowrank.disk import write_text
 from lowrank.errors import ConfigError, Interrupted, NumericsError, RefusedError
 from lowrank.evaluate import Evaluation, PeriodicEvaluation
 from lowrank.export.peft import export_peft
@@ -165,8 +166,8 @@ class Session:
     def begin(self, before: Evaluation | None) -> None:
         """The directory's first files, or a checkpoint's state put back; and everything that watches the loop."""
         self.log.open(self.folder)
-        directory.write_text(self.folder / directory.CONFIG, self.config.to_yaml())
-        directory.write_text(self.folder / directory.PLAN, f"{self.parts.plan}\n")
+        write_text(self.folder / directory.CONFIG, self.config.to_yaml())
+        write_text(self.folder / directory.PLAN, f"{self.parts.plan}\n")
         metrics = Metrics(self.folder / directory.METRICS)
         self.tracker = tracker(self.config.track, self.folder, self.config.to_dict())
         self.evaluation = PeriodicEvaluation(
@@ -238,7 +239,7 @@ class Session:
         after = Evaluation({**held_out, **generated.metrics}, generated.texts)
         rows = self.evaluator.samples(before, after)
         lines = "".join(directory.json_line(row) for row in rows)
-        directory.write_text(self.folder / directory.SAMPLES, lines)
+        write_text(self.folder / directory.SAMPLES, lines)
         self.save_adapter(self.folder / directory.ADAPTER)
         self.summarise("done", before, after)
         self.model.eval()

@@ -16,22 +16,23 @@ SCHEMA = ("rules", "classes")  # what config.py is made of
 USES = ("export", "inspect", "report", "track", "fast")
 PARTS = ("assemble", "evaluate", "identity", "directory", "session")  # of the composition: everything but its roots
 ROOTS = ("run", "cli", "compose")
-ANYWHERE = (*GROUND, *LAYERS, *SCHEMA, *USES, *PARTS)
+ANYWHERE = (*GROUND, "disk", *LAYERS, *SCHEMA, *USES, *PARTS)
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
     "keys": (),
+    "disk": (),
     "quant": ("errors", "keys"),
     "adapters": GROUND,
-    "models": ("errors", "keys"),
+    "models": ("errors", "keys", "disk"),
     "data": ("errors", "keys"),
-    "train": ("errors", "keys"),
+    "train": ("errors", "keys", "disk"),
     "eval": ("errors", "keys"),
     "config": ("errors", *SCHEMA),
     "rules": ("errors",),
     "classes": ("errors", "rules"),
-    "export": (*GROUND, "adapters", "models", "data", "eval", "config"),
-    "report": (*GROUND, "adapters", "models", "data", "eval", "config"),
+    "export": (*GROUND, "disk", "adapters", "models", "data", "eval", "config"),
+    "report": (*GROUND, "disk", "adapters", "models", "data", "eval", "config"),
     "inspect": (*GROUND, "adapters", "models", "data", "eval", "config"),
     "track": ("errors", "config", "train"),
     "fast": (*GROUND, "adapters", "models"),

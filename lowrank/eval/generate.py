@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from lowrank.errors import ConfigError
+from lowrank.eval.mode import evaluating
 from lowrank.keys import key
 
 
@@ -159,13 +160,9 @@ def _check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_ne
 @contextmanager
 def _inference(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no gradients, a blank generation_config; all of it put back, module by module."""
-    training = [module for module in model.modules() if module.training]
     own, model.generation_config = model.generation_config, GenerationConfig()
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             yield
     finally:
         model.generation_config = own
-        for module in training:
-            module.training = True

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lowrank.eval.mode import evaluating
+
 
 class Batch(Protocol):
     @property
@@ -26,15 +28,9 @@ def held_out(
     """``{"loss", "perplexity"}`` over all batches; ``loss`` gives a batch's sum. Modes and generators are untouched."""
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), autocast():
-            for batch in batches:
-                total += float(loss(model, batch.to(device)))
-                tokens += len(batch.targets)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), autocast():
+        for batch in batches:
+            total += float(loss(model, batch.to(device)))
+            tokens += len(batch.targets)
     mean = total / tokens
     return {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.base import NotMergeable, dense_weight
 from lowrank.adapters.merge import MergeReport, merge
+from lowrank.disk import sync
 from lowrank.errors import ConfigError
 from lowrank.models.quiet import quiet
 from lowrank.quant.nf4 import NF4Linear
@@ -82,12 +83,3 @@ def whole(folder: Path) -> Iterator[Path]:
         sync(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """On the disk, not only in the page cache: a rename may reach it before the contents do."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lowrank.disk import sync
+
 
 def cache() -> Path:
     """``LOWRANK_CACHE``, else ``lowrank`` in the user's cache directory. The folder need not exist yet."""
@@ -51,17 +53,8 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
     try:
         make(staging)
         for path in (*staging.rglob("*"), staging):
-            _sync(path)
+            sync(path)
         staging.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """On the disk, not only in the page cache: a rename may reach it before the contents do."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from lowrank.disk import write_text
 from lowrank.errors import RefusedError
 from lowrank.report import charts, figures
 from lowrank.report.recorded import Recorded, read
@@ -46,7 +46,7 @@ def write(folder: Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise RefusedError(f"{folder}: no such run directory.")
-    return _replace(folder / "report.html", page(read(folder)))
+    return write_text(folder / "report.html", page(read(folder)))
 
 
 def page(run: Recorded) -> str:
@@ -82,19 +82,6 @@ def page(run: Recorded) -> str:
         command=_command(run.summary.get("command")),
         unread=run.unread,
     )
-
-
-def _replace(path: Path, text: str) -> Path:
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with staged.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
-    return path
 
 
 def _config(run: Recorded) -> dict[str, Any]:

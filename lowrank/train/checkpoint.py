@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowrank.disk import sync
 from lowrank.errors import RefusedError
 from lowrank.train.hooks import Hook, StepRecord
 
@@ -175,11 +176,3 @@ def sealed(manifest: dict[str, Any]) -> bytes:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
