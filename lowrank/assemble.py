@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lowrank import classes
+from lowrank import config as schema
 from lowrank.adapters.base import Adapter
 from lowrank.adapters.inject import apply, named_trainable, names_parameter
-from lowrank.adapters.plan import InjectionPlan, Rules, plan
+from lowrank.adapters.plan import Factory, InjectionPlan, Rules, plan
 from lowrank.config import Config
 from lowrank.data import chat, sources
 from lowrank.data.order import Batches
@@ -64,7 +65,7 @@ def parts(config: Config) -> Parts:
     if config.track.kind != "none":
         writer_class(config.track.kind)
     bare = skeleton(config)
-    planned = plan(bare, rules(config))
+    planned = plan(bare, rules(config.adapter), config.adapter.exclude)
     # The optimizer's rules go by the names that will train: tried on the skeleton, before a weight is read.
     names = named_trainable(apply(bare, planned))
     optim.groups(names, config.optim.groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
@@ -118,17 +119,25 @@ def quant_options(config: Config) -> dict[str, Any]:
     return {"double": quant.double, "skip": quant.skip, "compute_dtype": compute}
 
 
-def rules(config: Config) -> Rules:
-    """``adapter.targets`` as the injector's rules: pattern → the class with its options."""
-    cls = classes.resolve(config.adapter.target, Adapter, "adapter._target_")
-    targets, options = config.adapter.targets, config.adapter.options
+def rules(adapter: schema.Adapter) -> Rules:
+    """``adapter.targets`` as the injector's rules: pattern → the class with its options, or another class with its."""
+    cls = classes.resolve(adapter.target, Adapter, "adapter._target_")
+    targets, options = adapter.targets, adapter.options
     if isinstance(targets, dict):
-        return {pattern: partial(cls, **{**options, **changed}) for pattern, changed in targets.items()}
+        return {pattern: rule(pattern, cls, options, changed) for pattern, changed in targets.items()}
     patterns = [targets] if isinstance(targets, str) else targets
     twice = [pattern for pattern in patterns if patterns.count(pattern) > 1]
     if twice:
         raise ConfigError(f"adapter.targets: '{twice[0]}' is listed twice.")
     return {pattern: partial(cls, **options) for pattern in patterns}
+
+
+def rule(pattern: str, cls: type, options: dict[str, Any], changed: dict[str, Any]) -> Factory:
+    """A pattern's own ``_target_`` stands alone; without one it is the group's class with some options changed."""
+    if "_target_" not in changed:
+        return partial(cls, **{**options, **changed})
+    own = {name: value for name, value in changed.items() if name != "_target_"}
+    return partial(classes.resolve(changed["_target_"], Adapter, f"adapter.targets['{pattern}']._target_"), **own)
 
 
 def resolve_device(name: str) -> torch.device:

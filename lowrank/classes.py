@@ -44,8 +44,8 @@ def locate(target: str, where: str) -> Any:
     return getattr(module, name)
 
 
-def find(target: str, group: str) -> type:
-    where = f"{group}._target_"
+def find(target: str, group: str, where: str | None = None) -> type:
+    where = f"{where or group}._target_"
     return resolve(target, locate(KINDS[group], where), where)
 
 
@@ -56,7 +56,8 @@ def options(target: str, group: str) -> list[str]:
 
 def named(cls: type) -> list[str]:
     parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
-    return [p.name for p in parameters if p.name not in PASSED and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    ours = {*PASSED, *(p.name for p in parameters if p.name.startswith("shared_"))}
+    return [p.name for p in parameters if p.name not in ours and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def takes_any(cls: type) -> bool:
@@ -68,19 +69,24 @@ def check_adapter(target: str, targets: Any, given: dict[str, Any]) -> None:
     """Builds the adapter once with its options, and once for each pattern with its overrides, without any values."""
     import torch
 
-    cls = find(target, "adapter")
+    def check(where: str, cls: Any, chosen: dict[str, Any]) -> None:
+        def build(options: dict[str, Any]) -> None:
+            base, generator = torch.nn.Linear(8, 8), torch.Generator("cpu")
+            cls(base, generator=generator, **options, **cls.shared({"": (8, 8)}, generator=generator, **options))
 
-    def build(chosen: dict[str, Any]) -> None:
         if "linear" in getattr(cls, "sites", ()):
             with torch.device("meta"):
-                cls(torch.nn.Linear(8, 8), generator=torch.Generator("cpu"), **chosen)
+                attempt(where, build, chosen)
 
-    check_options("adapter", given, cls, ["targets"])
-    attempt("adapter", build, given)
+    cls = find(target, "adapter")
+    check_options("adapter", given, cls, ["targets", "exclude"])
+    check("adapter", cls, given)
     for pattern, overrides in targets.items() if isinstance(targets, dict) else ():
         where = f"adapter.targets['{pattern}']"
-        check_options(where, overrides, cls, [])
-        attempt(where, build, {**given, **overrides})
+        own = {name: value for name, value in overrides.items() if name != "_target_"}
+        chosen = find(str(overrides["_target_"]), "adapter", where) if "_target_" in overrides else cls
+        check_options(where, own, chosen, [])
+        check(where, chosen, own if "_target_" in overrides else {**given, **own})
 
 
 def check_optimizer(target: str, fixed: dict[str, Any], given: dict[str, Any]) -> None:

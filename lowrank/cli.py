@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank import compose
+from lowrank.errors import ConfigError
 
 if TYPE_CHECKING:
     from lowrank.run import Run
@@ -16,11 +17,15 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   lowrank inspect data data=jsonl data.path=my.jsonl      rows as the model reads them, targets marked
   lowrank inspect plan adapter.targets=[q_proj,v_proj]    which sites an adapter would go on
+  lowrank inspect plan outputs/A outputs/B                what differs between the plans of two runs
+  lowrank inspect adapter outputs/RUN                     what was learnt, site by site
   lowrank generate outputs/RUN "Write a haiku."           the tuned model's answer, alone on standard output
   lowrank chat outputs/RUN                                the same, turn by turn
   lowrank evaluate outputs/RUN data=jsonl data.path=my.jsonl
   lowrank export outputs/RUN FOLDER                       the adapter in PEFT's format
   lowrank merge outputs/RUN FOLDER                        a plain transformers folder
+  lowrank combine FOLDER outputs/A=0.5 outputs/B=0.5      one adapter of several
+  lowrank check my_module:MyAdapter r=4                   does a method keep its promises
 """
 
 
@@ -51,10 +56,11 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument("run", type=Path, help="a run directory")
         return made
 
-    look = add("inspect", inspect, "look at a configuration's data or plan", run=False)
-    look.add_argument("what", choices=["data", "plan"])
-    look.add_argument("overrides", nargs="*", help="as for train.py: data=jsonl data.path=FILE …")
+    look = add("inspect", inspect, "look at data, a plan, or what an adapter has learnt", run=False)
+    look.add_argument("what", choices=["data", "plan", "adapter"])
+    look.add_argument("overrides", nargs="*", help="as for train.py: data=jsonl data.path=FILE …; or run directories")
     look.add_argument("--limit", type=int, default=5, help="rows of data to show (5)")
+    look.add_argument("--json", action="store_true", help="adapter: JSON instead of a table")
 
     one = add("generate", generate, "print the tuned model's text for a prompt")
     one.add_argument("prompt", help="the instruction, in the run's own template; - reads it from standard input")
@@ -65,13 +71,33 @@ def parser() -> argparse.ArgumentParser:
     held = add("evaluate", evaluate, "held-out loss and scores, on the run's data or other")
     held.add_argument("overrides", nargs="*", help="data=… and eval.… keys to change")
 
-    for name, command, text in (
-        ("export", export, "write the adapter as a folder that PEFT loads"),
-        ("merge", merge, "write base and adapter as one plain transformers folder"),
-    ):
-        add(name, command, text).add_argument("folder", type=Path, help="where to; made new")
+    made = add("export", export, "write the adapter as a folder that PEFT loads")
+    made.add_argument("folder", type=Path, help="where to; made new")
+    merging(add("merge", merge, "write base and adapter as one plain transformers folder"))
     add("report", report, "write report.html anew")
+    combining(add("combine", combine, "write one adapter made of several", run=False))
+    test = add("check", check, "hold an adapter class to what it promises", run=False)
+    test.add_argument("adapter", help="my_package.my_module:MyAdapter")
+    test.add_argument("overrides", nargs="*", metavar="OPTION=VALUE", help="options of its constructor")
     return top
+
+
+def merging(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=Path, help="where to; made new")
+    command.add_argument("--to", choices=["dense", "nf4"], default="dense", help="what the weights become (dense)")
+    command.add_argument("--method", choices=["naive", "best"], default="best", help="of rounding to nf4 (best)")
+    command.add_argument(
+        "--min-share", type=float, default=0.5, help="refuse if less of the adapter's effect survives (0.5)"
+    )
+
+
+def combining(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=Path, help="where to; made new")
+    command.add_argument("adapters", nargs="+", metavar="ADAPTER[=WEIGHT]", help="runs or adapter folders")
+    command.add_argument("--method", choices=["sum", "ties", "dare"], default="sum", help="sum is Σ wᵢ ΔWᵢ")
+    command.add_argument("--rank", type=int, help="cut to this rank by SVD; without it a sum is exact")
+    command.add_argument("--density", type=float, default=0.5, help="share of entries that ties and dare keep (0.5)")
+    command.add_argument("--seed", type=int, default=0, help="of dare's draw (0)")
 
 
 def sampling(command: argparse.ArgumentParser) -> None:
@@ -88,6 +114,12 @@ def inspect(arguments: Any) -> None:
     from lowrank import assemble
     from lowrank import inspect as looks
 
+    if arguments.what == "adapter":
+        show_spectra([Path(word) for word in arguments.overrides], arguments.json)
+        return
+    if arguments.what == "plan" and arguments.overrides and all(Path(word).is_dir() for word in arguments.overrides):
+        show_plans([Path(word) for word in arguments.overrides])
+        return
     config = compose.compose(arguments.overrides)
     parts = assemble.parts(config)
     if arguments.what == "plan":
@@ -96,6 +128,29 @@ def inspect(arguments: Any) -> None:
     data = assemble.data(config, parts.tokenizer)
     color = looks.wants_color(sys.stdout)
     print(looks.data_masks(data.train, parts.tokenizer, arguments.limit, color=color))
+
+
+def show_plans(folders: Sequence[Path]) -> None:
+    """A run's plan, or what differs between the plans of two."""
+    from lowrank import run
+
+    plans = [run.open(folder).recorded_plan for folder in folders]
+    if len(plans) > 2:
+        raise ConfigError(f"inspect plan: {len(plans)} runs are not allowed; one, or two to compare.")
+    print(plans[0].diff(plans[1]) if len(plans) == 2 else plans[0])
+
+
+def show_spectra(folders: Sequence[Path], as_json: bool) -> None:
+    """What one run's adapter has learnt, or two runs' beside their overlap."""
+    import json
+
+    from lowrank import inspect as looks
+    from lowrank import run
+
+    if not 1 <= len(folders) <= 2:
+        raise ConfigError(f"inspect adapter: {len(folders)} runs are not allowed; one, or two to compare.")
+    found = looks.spectra([run.open(folder).model for folder in folders])
+    print(json.dumps(found.to_dict(), indent=1) if as_json else found)
 
 
 def opened(arguments: Any) -> Run:
@@ -181,7 +236,37 @@ def merge(arguments: Any) -> None:
     from lowrank.export.merged import save_merged
 
     run = opened(arguments)
-    print(save_merged(run.model, run.tokenizer, arguments.folder))
+    options = {"to": arguments.to, "method": arguments.method, "min_share": arguments.min_share}
+    print(save_merged(run.model, run.tokenizer, arguments.folder, **options, **run.probes()))
+
+
+def combine(arguments: Any) -> None:
+    from lowrank.adapters.combine import combine as combined
+
+    folders, weights = zip(*(weighted(word) for word in arguments.adapters), strict=True)
+    options = {name: getattr(arguments, name) for name in ("method", "rank", "density", "seed")}
+    print(combined(folders, weights, arguments.folder, **options))
+
+
+def weighted(word: str) -> tuple[Path, float]:
+    """``outputs/A=0.5`` → the folder of its adapter, and 0.5; 1 where no weight is given."""
+    name, equals, weight = word.rpartition("=")
+    try:
+        folder, factor = (Path(name), float(weight)) if equals else (Path(word), 1.0)
+    except ValueError as error:
+        raise ConfigError(f"combine: '{word}': {weight} is not a weight; write FOLDER=0.5.") from error
+    run = folder / "adapter"
+    return (run if run.is_dir() else folder), factor
+
+
+def check(arguments: Any) -> None:
+    from lowrank.testing import conformance, options_of
+
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it: the user's own module
+    cls, options = options_of(arguments.adapter, arguments.overrides)
+    found = conformance(cls, **options)
+    print(found)
+    sys.exit(0 if found.passed else 1)
 
 
 def report(arguments: Any) -> None:

@@ -44,6 +44,7 @@ class Adapter:
     target: str  # the YAML's ``_target_``: the dotted path of an Adapter class
     targets: str | list[str] | dict[str, dict[str, Any]]
     options: dict[str, Any]  # every other key: the constructor's
+    exclude: list[str] = field(default_factory=list)  # patterns of sites that stay as they are
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def parse(node: DictConfig | Mapping[str, Any]) -> Config:
     for path, holds, wanted in RELATIONS:
         if not holds(config):
             raise refuse(path, reduce(getattr, path.split("."), config), wanted)
-    check_adapter(config.adapter.target, config.adapter.targets, config.adapter.options)
+    adapter = config.adapter
+    check_adapter(adapter.target, adapter.targets, adapter.options)
     optim = config.optim
     check_optimizer(optim.target, {"lr": optim.lr, "weight_decay": optim.weight_decay}, optim.options)
     return config

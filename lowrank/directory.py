@@ -16,7 +16,8 @@ from typing import Any
 from lowrank.disk import write_text
 from lowrank.errors import RefusedError
 
-CONFIG, PLAN, METRICS, EVENTS = "config.yaml", "plan.txt", "metrics.jsonl", "events.log"
+CONFIG, PLAN, PLAN_JSON = "config.yaml", "plan.txt", "plan.json"
+METRICS, EVENTS = "metrics.jsonl", "events.log"
 SAMPLES, SUMMARY, REPORT = "samples.jsonl", "summary.json", "report.html"
 CHECKPOINTS, ADAPTER, LOCK = "checkpoints", "adapter", ".lock"
 

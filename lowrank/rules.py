@@ -131,6 +131,7 @@ RULES: dict[str, Rule] = {
     "adapter.targets": Rule(
         "a pattern, a list of patterns or a mapping of patterns to options", is_targets, to_targets
     ),
+    "adapter.exclude": texts("a list of patterns"),
     "data.kind": choice("stdlib", "jsonl", "csv"),
     "data.path": or_null(text("a file")),
     "data.eval_path": or_null(text("a file")),

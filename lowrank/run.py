@@ -57,12 +57,16 @@ class Run:
     def plan(self) -> InjectionPlan:
         return self.parts.plan
 
+    @property
+    def recorded_plan(self) -> InjectionPlan:
+        """The plan as the run wrote it down; the model need not be there."""
+        return InjectionPlan.from_dict(directory.read_json(self.folder / directory.PLAN_JSON))
+
     @cached_property
     def model(self) -> Any:
         base = self.loaded.model
         known = fingerprint(base)
-        apply(base, self.plan)
-        store.load_state(base, self.trained(known))
+        apply(base, self.plan, state=self.trained(known), keep_base=False)
         return base.requires_grad_(False).eval()
 
     def trained(self, base: dict[str, str]) -> dict[str, Tensor]:

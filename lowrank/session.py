@@ -25,6 +25,7 @@ from lowrank.models.fingerprint import base_id, fingerprint
 from lowrank.report import run as report
 from lowrank.track import tracker
 from lowrank.train import checkpoint, optim
+from lowrank.train.hooks import join, split
 from lowrank.train.loop import Loop, State, peak_memory_mb
 from lowrank.train.loss import target_logits, target_loss
 from lowrank.train.metrics import Metrics
@@ -141,10 +142,12 @@ class Session:
         self.model.eval()
         with torch.no_grad(), self.precision.autocast():
             bare = target_logits(self.model, probe)
-        apply(self.model, self.parts.plan, seed=self.config.loop.seed, clock=clock)
+        state = self.saved.tensors["adapter"] if self.saved else None
+        apply(self.model, self.parts.plan, self.config.loop.seed, clock, state=state, keep_base=False)
         self.model.eval()
-        with torch.no_grad(), self.precision.autocast():
-            preflight.check_identity(self.model, bare, target_logits(self.model, probe))
+        if state is None:
+            with torch.no_grad(), self.precision.autocast():
+                preflight.check_identity(self.model, bare, target_logits(self.model, probe))
         preflight.check_subclasses(self.model)
         with self.precision.autocast():
             loss = target_loss(self.model, probe)
@@ -168,6 +171,7 @@ class Session:
         self.log.open(self.folder)
         write_text(self.folder / directory.CONFIG, self.config.to_yaml())
         write_text(self.folder / directory.PLAN, f"{self.parts.plan}\n")
+        directory.write_json(self.folder / directory.PLAN_JSON, self.parts.plan.to_dict())
         metrics = Metrics(self.folder / directory.METRICS)
         self.tracker = tracker(self.config.track, self.folder, self.config.to_dict())
         self.evaluation = PeriodicEvaluation(
@@ -193,23 +197,24 @@ class Session:
 
     def snapshot(self) -> checkpoint.Saved:
         tensors, values = optim.state_tensors(self.loop.optimizer)
+        hook_tensors, hook_values = split(hook.state_dict() for hook in self.methods)
         state = {
             "loop": asdict(self.loop.state),
             "optimizer": values,
             "scaler": self.precision.state_dict(),
-            "hooks": [hook.state_dict() for hook in self.methods],
+            "hooks": hook_values,
             "metrics_bytes": self.metrics.position(),
             "held_out_loss": self.evaluation.loss_at(self.loop.state.step),
             "identity": self.identity,
         }
-        return checkpoint.Saved({"adapter": adapter_state(self.model), "optimizer": tensors}, state)
+        files = {"adapter": adapter_state(self.model), "optimizer": tensors, "hooks": hook_tensors}
+        return checkpoint.Saved({name: held for name, held in files.items() if held}, state)
 
     def restore(self, saved: checkpoint.Saved) -> None:
-        store.load_state(self.model, saved.tensors["adapter"])
-        optim.load_state(self.loop.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
+        optim.load_state(self.loop.optimizer, saved.tensors.get("optimizer", {}), saved.state["optimizer"])
         self.loop.state = State(**saved.state["loop"])
         self.precision.load_state_dict(saved.state["scaler"])
-        for hook, state in zip(self.methods, saved.state["hooks"], strict=True):
+        for hook, state in zip(self.methods, join(saved.tensors.get("hooks", {}), saved.state["hooks"]), strict=True):
             hook.load_state_dict(state)
         self.metrics.cut(saved.state["metrics_bytes"])
 

@@ -165,7 +165,7 @@ def test_the_edges_of_what_is_allowed_are_allowed(tree: dict[str, Any], path: st
         ("lop", "unknown key. Did you mean 'loop'? Allowed: model, quant, adapter, data, optim,"),
         ("loop.step", "unknown key. Did you mean 'steps'? Allowed: steps, epochs,"),
         ("optim.lrr", "unknown key. Did you mean 'lr'? Allowed: lr, weight_decay, groups, betas, eps,"),
-        ("adapter.rr", "unknown key. Did you mean 'r'? Allowed: targets, r, alpha, dropout, rslora."),
+        ("adapter.rr", "unknown key. Did you mean 'r'? Allowed: targets, exclude, r, alpha, dropout, rslora."),
         ("data.fields.reply", "unknown key. Allowed: instruction, input, response, text."),
         ("eval.generate.topp", "unknown key. Did you mean 'top_p'? Allowed: limit,"),
     ],
@@ -210,7 +210,7 @@ def test_a_users_adapter_brings_its_own_options_and_ranges(tree: dict[str, Any])
     assert found.adapter.options == {"size": 3}
     assert refusal(tree | {"adapter": own | {"size": 0}}) == "adapter.size: 0 is not allowed; a positive integer."
     said = refusal(tree | {"adapter": own | {"sise": 1}})
-    assert said == "adapter.sise: unknown key. Did you mean 'size'? Allowed: targets, size, scale."
+    assert said == "adapter.sise: unknown key. Did you mean 'size'? Allowed: targets, exclude, size, scale."
 
 
 def test_overrides_of_a_pattern_are_checked_like_options(tree: dict[str, Any]) -> None:

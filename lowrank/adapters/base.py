@@ -31,7 +31,7 @@ class Adapter(nn.Module):
     """
 
     sites: ClassVar[tuple[str, ...]] = ("linear",)  # any of "linear" "embedding" "block" "backbone" "parameter"
-    identity_at_start: ClassVar[bool | Literal["rounding"]] = True  # checked before the first step
+    identity_at_start: bool | Literal["rounding"] = True  # of the class, or of one with certain options; checked
 
     clock: Clock = Clock()  # replaced by the run's own when the adapter is applied
     group: str = ""  # sites of one parent with one input width share a group, and so their dropout mask
@@ -40,7 +40,11 @@ class Adapter(nn.Module):
     def shared(
         cls, shapes: dict[str, tuple[int, int]], *, generator: torch.Generator, **options: Any
     ) -> dict[str, Any]:
-        """What all sites of one rule share, as keywords for each constructor (VeRA's A and B)."""
+        """What all sites of one rule share (VeRA's A and B): keywords ``shared_…`` for each constructor.
+
+        A shared tensor is an ``nn.Parameter`` that every adapter holds: it stays one through ``.to`` and copies, and
+        an adapter's file holds it once. ``shapes`` are the sites' (out, in) by path.
+        """
         return {}
 
     @classmethod
@@ -55,21 +59,59 @@ class Adapter(nn.Module):
         """The dense (weight, bias) equal to the wrapped call; pure. ``weight`` is (out, in)."""
         raise NotMergeable(f"{type(self).__name__} is not a change of weight and bias")
 
+    def rebased(self, base: nn.Module) -> nn.Module:
+        """The base that the adapter stands on: ``base`` itself, or a new one where the start changes it (PiSSA).
+
+        It may read ``base`` and the adapter's own state alone, so that a saved adapter finds the same base again.
+        """
+        return base
+
     def penalty(self) -> Tensor | float:
         """Added to the loss once an optimizer step (AdaLoRA's orthogonality)."""
         return 0.0
 
 
 class Adapted(nn.Module):
-    """A module of the model with its adapter: ``base.*`` and ``adapter.*``."""
+    """A module of the model with its adapter: ``base.*`` and ``adapter.*``.
 
-    def __init__(self, base: nn.Module, adapter: Adapter, options: dict[str, Any]) -> None:
+    ``kept`` holds the module that stood here before: ``base`` itself, the one that the adapter's start has changed
+    into ``base``, or nothing where that was not kept. In a tuple it is no submodule of this one.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        adapter: Adapter,
+        options: dict[str, Any],
+        kept: tuple[nn.Module, ...] | None = None,
+    ) -> None:
         super().__init__()
         self.base, self.adapter, self.options = base, adapter, options
+        self.kept = (base,) if kept is None else kept
         self.train(base.training)
+
+    @property
+    def original(self) -> nn.Module | None:
+        return self.kept[0] if self.kept else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.original is not None and self.original is not self.base:
+            self.original._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.adapter(self.base, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """A block's and a backbone's attributes show through: models read them past the call. A layer's do not, so
+        that code which takes ``.weight`` and skips the adapter fails instead."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None or isinstance(base, (*LINEAR, nn.Embedding)):
+                raise
+            return getattr(base, name)
 
 
 def dense_weight(base: nn.Module) -> Tensor:
@@ -89,7 +131,7 @@ def dense_weight(base: nn.Module) -> Tensor:
 
 
 def shape(base: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear-like site or an embedding, without touching its weight."""
+    """(out, in) of a site, without touching its weight; of a block or a backbone (width, width)."""
     match base:
         case NF4Linear() | nn.Linear():
             return base.out_features, base.in_features
@@ -98,4 +140,17 @@ def shape(base: nn.Module) -> tuple[int, int]:
         case nn.Embedding():
             return base.embedding_dim, base.num_embeddings
         case _:
-            raise TypeError(f"{type(base).__name__} has no (out, in) shape")
+            width = hidden_size(base)
+            return width, width
+
+
+def hidden_size(base: Any) -> int:
+    """The width of a block's or a backbone's hidden states: its configuration's, else that of its first norm."""
+    config = getattr(base, "config", None)
+    found = getattr(config.get_text_config() if config is not None else base, "hidden_size", None)
+    if isinstance(found, int):
+        return found
+    norm = next((p for p in base.parameters() if p.ndim == 1 and p.is_floating_point()), None)
+    if norm is None:
+        raise TypeError(f"{type(base).__name__} has no (out, in) shape")
+    return norm.numel()

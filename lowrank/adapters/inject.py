@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapted, Adapter, shape
-from lowrank.adapters.full import Full
 from lowrank.adapters.plan import InjectionPlan, Row, dotted, resolve
-from lowrank.adapters.sites import adapted, count, owners, parameters, site_kind, sites, uncovered
-from lowrank.errors import ConfigError
+from lowrank.adapters.sites import adapted, count, parameters, sites, uncovered
+from lowrank.errors import ConfigError, RefusedError
 from lowrank.keys import Clock, key
 
 Model = TypeVar("Model", bound=nn.Module)
 
+TRAINED = "trained_rows"  # the attribute that keeps a plan's rows of the base's own parameters on the model
 
-def apply(model: Model, plan: InjectionPlan, seed: int = 0, clock: Clock | None = None) -> Model:
+
+def apply(
+    model: Model,
+    plan: InjectionPlan,
+    seed: int = 0,
+    clock: Clock | None = None,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    keep_base: bool = True,
+) -> Model:
     """Freezes ``model`` and puts the plan's adapters on it, in place; returns it.
 
-    Each adapter's initial values are keyed by its site's path, so adding a site changes no other. ``clock``
-    is the time that dropout masks depend on (the loop's); without one each forward draws new masks.
+    Each adapter's initial values are keyed by its site's path, so adding a site changes no other; ``state``
+    (``adapter_state`` of a trained model) takes their place. ``clock`` is the time that dropout masks depend on (the
+    loop's); without one each forward draws new masks. Where the start changes the base (PiSSA), the original modules
+    stay in memory for ``remove`` unless ``keep_base`` is false.
 
-    Raises ConfigError, with nothing changed, where the model already carries adapters or is not the plan's.
+    Raises ConfigError, with nothing changed, where the model already carries adapters or is not the plan's;
+    RefusedError where ``state`` is not the plan's.
     """
-    return install(model, plan, built(model, plan, seed), clock)
+    adapters = built(model, plan, seed)
+    if state is not None:
+        fill(state_of(model, plan, adapters), state)
+    return install(model, plan, adapters, clock, keep_base)
 
 
 def built(model: nn.Module, plan: InjectionPlan, seed: int) -> dict[str, Adapter]:
@@ -43,7 +59,9 @@ def built(model: nn.Module, plan: InjectionPlan, seed: int) -> dict[str, Adapter
     return {row.path: build(row, bare[row.path], seed, shared[method(row)]) for row in wrapped}
 
 
-def install(model: Model, plan: InjectionPlan, adapters: dict[str, Adapter], clock: Clock | None = None) -> Model:
+def install(
+    model: Model, plan: InjectionPlan, adapters: dict[str, Adapter], clock: Clock | None = None, keep: bool = True
+) -> Model:
     """Freezes the model, sets what trains, and wraps each site with its adapter, in place."""
     bare, own = dict(sites(model)), parameters(model)
     model.requires_grad_(False)
@@ -51,9 +69,17 @@ def install(model: Model, plan: InjectionPlan, adapters: dict[str, Adapter], clo
         if names_parameter(row):
             own[row.path].requires_grad_(True)
             continue
-        adapter = adapters[row.path]
+        adapter, original = adapters[row.path], bare.pop(row.path)
         adapter.clock, adapter.group = clock or Adapter.clock, row.group
-        replace(model, row.path, Adapted(bare[row.path], adapter, row.options))
+        with torch.no_grad():
+            base = adapter.rebased(original)
+        if base is not original:
+            base.requires_grad_(False)
+        kept = (original,) if keep or base is original else ()
+        replace(model, row.path, Adapted(base, adapter, row.options, kept))
+    trained = tuple(row for row in plan.rows if names_parameter(row))
+    if trained:
+        vars(model)[TRAINED] = trained
     return model
 
 
@@ -63,7 +89,10 @@ def names_parameter(row: Row) -> bool:
 
 
 def shape_or_none(module: nn.Module) -> tuple[int, int] | None:
-    return None if site_kind(module) == "other" else shape(module)
+    try:
+        return shape(module)
+    except TypeError:
+        return None
 
 
 def method(row: Row) -> tuple[str, str]:
@@ -93,8 +122,17 @@ def build(row: Row, base: nn.Module, seed: int, shared: dict[str, Any]) -> Adapt
 
 def remove(model: Model) -> Model:
     """Puts the original module objects back, in place. The base stays frozen and keeps its values."""
-    for path, module in list(adapted(model)):
-        replace(model, path, module.base)
+    wrapped = list(adapted(model))
+    lost = [path for path, module in wrapped if module.original is None]
+    if lost:
+        raise ConfigError(
+            f"remove: {lost[0]} and {len(lost) - 1} more: the start of their adapters changed the base, and the "
+            f"original was not kept (keep_base=False). Load the base again."
+        )
+    for path, module in reversed(wrapped):  # what lies within a wrapped backbone first
+        assert module.original is not None
+        replace(model, path, module.original)
+    vars(model).pop(TRAINED, None)
     return model.requires_grad_(False)
 
 
@@ -122,15 +160,39 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """What an adapter file holds: parameters and persistent buffers of every adapter, and the base's own
     parameters that train, by the bare model's names."""
     state: dict[str, Tensor] = {n: p for n, p in parameters(model).items() if p.requires_grad}
-    for path, module in adapted(model):
-        for name, tensor in module.adapter.state_dict(keep_vars=True).items():
-            state[f"{path}.adapter.{name}"] = tensor
-    return state
+    return state | named_state({path: module.adapter for path, module in adapted(model)})
+
+
+def named_state(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by full name; a tensor that several adapters hold, under its first one."""
+    state: dict[int, tuple[str, Tensor]] = {}
+    for path, adapter in adapters.items():
+        for name, tensor in adapter.state_dict(keep_vars=True).items():
+            state.setdefault(id(tensor), (f"{path}.adapter.{name}", tensor))
+    return dict(state.values())
+
+
+def state_of(model: nn.Module, plan: InjectionPlan, adapters: dict[str, Adapter]) -> dict[str, Tensor]:
+    """What ``adapter_state`` will be once the plan is carried out."""
+    own = parameters(model)
+    return {row.path: own[row.path] for row in plan.rows if row.path not in adapters} | named_state(adapters)
+
+
+def fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copies ``tensors`` into ``state``; every name and shape must be met, and nothing more, or nothing is copied."""
+    missing, extra = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
+    if missing or extra:
+        what = "is missing" if missing else "is not part of the plan"
+        raise RefusedError(f"{(missing or extra)[0]} {what} ({len(missing + extra)} such).")
+    for name, tensor in tensors.items():
+        if tensor.shape != state[name].shape:
+            raise RefusedError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(state[name].shape)}.")
+    for name, tensor in tensors.items():
+        state[name].detach().copy_(tensor)
 
 
 def current_plan(model: nn.Module) -> InjectionPlan:
     """The plan that the model carries, read off its adapters."""
-    owner = owners(model)
     rows = [
         Row(
             path=path,
@@ -143,18 +205,16 @@ def current_plan(model: nn.Module) -> InjectionPlan:
         )
         for path, module in adapted(model)
     ]
-    rows += [
-        Row(path, type(owner[path]).__name__, tuple(p.shape), dotted(Full), {}, p.numel(), path)
-        for path, p in parameters(model).items()
-        if p.requires_grad
-    ]
+    rows += getattr(model, TRAINED, ())
     return InjectionPlan(tuple(rows), count(model), uncovered(model))
 
 
 def hooks(model: nn.Module, steps: int) -> list[Any]:
-    """What each method on the model does over time, for a run of ``steps``."""
-    methods: dict[type[Adapter], dict[str, Adapter]] = {}
-    for path, module in adapted(model):
-        methods.setdefault(type(module.adapter), {})[path] = module.adapter
-    made = (cls.hook(adapters, steps=steps) for cls, adapters in methods.items())
+    """What each method on the model, with each set of its options, does over time, for a run of ``steps``."""
+    methods: dict[tuple[str, str], dict[str, Adapter]] = {}
+    carried = {path: module.adapter for path, module in adapted(model)}
+    for row in current_plan(model).rows:
+        if row.path in carried:
+            methods.setdefault(method(row), {})[row.path] = carried[row.path]
+    made = (type(next(iter(group.values()))).hook(group, steps=steps) for group in methods.values())
     return [hook for hook in made if hook is not None]

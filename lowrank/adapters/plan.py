@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,17 +18,18 @@ from lowrank.adapters.sites import (
     WHERE,
     Pattern,
     count,
+    kinds,
+    layer_range,
+    matched,
     matches,
     owners,
     parameters,
     show,
-    site_kind,
     sites,
     suggestion,
     uncovered,
 )
 from lowrank.errors import ConfigError, did_you_mean
-from lowrank.quant.nf4 import NF4Linear
 
 Factory = Callable[..., Adapter]  # an Adapter class, or functools.partial of one with its options
 Rules = Mapping[Any, Factory]  # by Pattern; Any, because a Mapping is invariant in its keys
@@ -98,23 +99,25 @@ class InjectionPlan:
         return cls(rows, data["total_parameters"], tuple(data["notes"]))
 
 
-def plan(model: nn.Module, rules: Rules) -> InjectionPlan:
+def plan(model: nn.Module, rules: Rules, exclude: Sequence[Pattern] = ()) -> InjectionPlan:
     """What ``rules`` would put where, without changing ``model`` (which may be on the meta device).
 
     A pattern is a glob over paths (``*.q_proj``), a bare name (``q_proj``: the last part of a path), a regular
-    expression (``re:layers\\.[0-3]\\..*``), a module class, or ``all-linear`` (every linear-like site but the
-    head) or ``embedding``. A factory is an ``Adapter`` class or ``functools.partial`` of one.
+    expression (``re:layers\\.[0-3]\\..*``), a module class, or one of ``all-linear`` (every linear-like site but the
+    head), ``embedding``, ``blocks`` and ``backbone``; ``@0-7,12`` behind a pattern limits it to those layers. A
+    factory is an ``Adapter`` class or ``functools.partial`` of one. What ``exclude`` names is left out.
 
     Every adapter is built once over a stand-in without values, so the counts are true and a bad option raises
     here. Raises ConfigError where a pattern matches nothing, two patterns claim one site, a pattern matches only
     modules of a kind that the adapter does not take, or an option is unknown or out of range.
     """
+    left_out = excluded(model, exclude)
     claimed: dict[str, tuple[Pattern, Row]] = {}
     twice: list[tuple[str, Pattern, Pattern]] = []
     for pattern, factory in rules.items():
         adapter, options = class_and_options(factory)
         find = rows_of_parameters if "parameter" in adapter.sites else rows_of_sites
-        for row in find(model, pattern, adapter, options):
+        for row in find(model, pattern, adapter, options, left_out):
             if row.path in claimed:
                 twice.append((row.path, claimed[row.path][0], pattern))
             claimed[row.path] = (pattern, row)
@@ -141,21 +144,43 @@ def class_and_options(factory: Factory) -> tuple[type[Adapter], dict[str, Any]]:
 
 
 def option_names(cls: type[Adapter]) -> list[str]:
-    """The options of a method: its constructor's keywords but the generator."""
-    keywords = inspect.signature(cls).parameters.values()
-    return [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.name != "generator"]
+    """The options of a method: its constructor's keywords but the generator and what its sites share."""
+    keywords = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return [name for name in keywords if name != "generator" and not name.startswith("shared_")]
 
 
-def rows_of_sites(model: nn.Module, pattern: Pattern, adapter: type[Adapter], options: dict[str, Any]) -> Iterator[Row]:
-    known = dict(sites(model))
-    matched = {path: module for path, module in known.items() if matches(model, pattern, path, module)}
-    if not matched:
+def excluded(model: nn.Module, patterns: Sequence[Pattern]) -> set[str]:
+    """Paths of the modules that ``patterns`` name, and of the parameters that they name or that lie in those."""
+    own = parameters(model)
+    left_out: set[str] = set()
+    for pattern in patterns:
+        found = set(matched(model, pattern)) | {p for p in own if isinstance(pattern, str) and matches(pattern, p)}
+        if not found:
+            where = "adapter.exclude"
+            raise ConfigError(f"{where}: {show(pattern)} matches no module.{suggestion(pattern, dict(sites(model)))}")
+        left_out |= found | {path for path in own if within(path, found)}
+    return left_out
+
+
+def within(path: str, modules: Collection[str]) -> bool:
+    """Whether a parameter is of one of the modules, or of one within it."""
+    parts = path.split(".")
+    return any(".".join(parts[:n]) in modules for n in range(1, len(parts)))
+
+
+def rows_of_sites(
+    model: nn.Module, pattern: Pattern, adapter: type[Adapter], options: dict[str, Any], left_out: set[str]
+) -> Iterator[Row]:
+    known, kind, hits = dict(sites(model)), kinds(model), matched(model, pattern)
+    if not hits:
         raise ConfigError(f"{WHERE}: {show(pattern)} matches no module.{suggestion(pattern, known)}")
-    supported = {path: module for path, module in matched.items() if site_kind(module) in adapter.sites}
+    if hits.keys() <= left_out:
+        raise ConfigError(f"{WHERE}: everything that {show(pattern)} matches is in adapter.exclude.")
+    supported = {p: module for p, module in hits.items() if kind[p] in adapter.sites and p not in left_out}
     if not supported:
-        path, module = next(iter(matched.items()))
+        path, module = next(iter(hits.items()))
         raise ConfigError(
-            f"{WHERE}: {show(pattern)} matches {path or 'the model'} ({type(module).__name__}), but "
+            f"{WHERE}: {show(pattern)} matches {path} ({type(module).__name__}), but "
             f"{adapter.__name__} adapts {' and '.join(adapter.sites)} sites only.{suggestion(pattern, known)}"
         )
     shapes = {path: shape(module) for path, module in supported.items()}
@@ -173,26 +198,25 @@ def rows_of_sites(model: nn.Module, pattern: Pattern, adapter: type[Adapter], op
 
 
 def rows_of_parameters(
-    model: nn.Module, pattern: Pattern, adapter: type[Adapter], options: dict[str, Any]
+    model: nn.Module, pattern: Pattern, adapter: type[Adapter], options: dict[str, Any], left_out: set[str]
 ) -> Iterator[Row]:
     """Rows of a method that trains the base's own parameters; NF4 weights cannot."""
-    quantized = [path for path, module in sites(model) if isinstance(module, NF4Linear)]
+    owner, own, modules = owners(model), parameters(model), matched(model, pattern)
+    named = {p for p in own if isinstance(pattern, str) and layer_range(pattern)[1] is None and matches(pattern, p)}
+    found = [p for p in own if (p in named or within(p, modules)) and p not in left_out]
+    if not found:
+        raise ConfigError(
+            f"{WHERE}: {show(pattern)} matches no parameter of this {type(model).__name__}.{suggestion(pattern, own)}"
+        )
+    quantized = list(dict.fromkeys(p.rpartition(".")[0] for p in found if not own[p].is_floating_point()))
     if quantized:
         raise ConfigError(
             f"adapter: {adapter.__name__} trains the base's own weights, and NF4 weights cannot train "
             f"({len(quantized)} sites, first {quantized[0]}). Use quant=none, or an adapter such as lora."
         )
-    owner = owners(model)
-    found = {
-        path: parameter
-        for path, parameter in parameters(model).items()
-        if matches(model, pattern, path, owner[path]) or matches(model, pattern, path.rpartition(".")[0], owner[path])
-    }
-    if not found:
-        raise ConfigError(f"{WHERE}: {show(pattern)} matches no parameter.{suggestion(pattern, parameters(model))}")
-    for path, parameter in found.items():
-        dimensions = tuple(parameter.shape)
-        yield Row(path, type(owner[path]).__name__, dimensions, dotted(adapter), {}, parameter.numel(), path)
+    for path in found:
+        dimensions = tuple(own[path].shape)
+        yield Row(path, type(owner[path]).__name__, dimensions, dotted(adapter), {}, own[path].numel(), path)
 
 
 def adapter_sizes(

@@ -16,6 +16,9 @@ from lowrank.quant.nf4 import NF4Linear
 
 Pattern = str | type[nn.Module]
 
+# Patterns that stand for a kind of site; all-linear leaves the head out.
+KEYWORDS = {"all-linear": "linear", "embedding": "embedding", "blocks": "block", "backbone": "backbone"}
+
 WHERE = "adapter.targets"  # how the configuration calls a plan's patterns
 
 
@@ -64,9 +67,56 @@ def owners(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def site_kind(module: nn.Module) -> str:
+    """What a module is by itself; what it is to its model, a block or the backbone, only ``kinds`` can say."""
     if isinstance(module, LINEAR):
         return "linear"
     return "embedding" if isinstance(module, nn.Embedding) else "other"
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    """Every path of the bare model with the kind of site it is: linear, embedding, block, backbone or other."""
+    found = {path: site_kind(module) for path, module in sites(model)}
+    trunk = backbone(model)
+    if trunk is not None:
+        found[trunk] = "backbone"
+    return found | dict.fromkeys(blocks(model), "block")
+
+
+def backbone(model: nn.Module) -> str | None:
+    """The path of the decoder without its head (``model``, ``transformer``); None where the model is bare of one."""
+    path = getattr(model, "base_model_prefix", "")
+    return path if path and isinstance(getattr(model, path, None), nn.Module) else None
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """The paths of the decoder's blocks in order: the first list of modules in the backbone (or the model)."""
+    trunk = backbone(model) or ""
+    for path, module in sites(model):
+        if isinstance(module, nn.ModuleList) and f"{path}.".startswith(f"{trunk}." if trunk else ""):
+            return [f"{path}.{name}" for name, _ in module.named_children()]
+    return []
+
+
+def in_layers(path: str, layers: frozenset[int], of: list[str]) -> bool:
+    """Whether a path lies in, or is, one of the blocks with these numbers."""
+    return any(path == of[n] or path.startswith(f"{of[n]}.") for n in layers)
+
+
+def layer_range(pattern: str) -> tuple[str, frozenset[int] | None]:
+    """``q_proj@0-7,12`` → the pattern and the numbers of the blocks that it is limited to."""
+    name, at, ranges = pattern.rpartition("@")
+    if not at:
+        return pattern, None
+    chosen: set[int] = set()
+    for part in ranges.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if match is None:
+            raise ConfigError(f"{WHERE}: '{pattern}': '{part}' is not a layer or a range of them, such as 3 or 0-7.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ConfigError(f"{WHERE}: '{pattern}': the range {part} is empty.")
+        chosen |= set(range(first, last + 1))
+    return name, frozenset(chosen)
 
 
 def head(model: nn.Module) -> nn.Module | None:
@@ -76,13 +126,28 @@ def head(model: nn.Module) -> nn.Module | None:
     return found.base if isinstance(found, Adapted) else found
 
 
-def matches(model: nn.Module, pattern: Pattern, path: str, module: nn.Module) -> bool:
+def matched(model: nn.Module, pattern: Pattern) -> dict[str, nn.Module]:
+    """The modules that a pattern names, by path. Raises ConfigError where it names layers that are not there."""
+    known = {path: module for path, module in sites(model) if path}
     if isinstance(pattern, type):
-        return isinstance(module, pattern)
-    if pattern == "all-linear":
-        return site_kind(module) == "linear" and module is not head(model)
-    if pattern == "embedding":
-        return site_kind(module) == "embedding"
+        return {path: module for path, module in known.items() if isinstance(module, pattern)}
+    pattern, layers = layer_range(pattern)
+    if pattern in KEYWORDS:
+        output, kind = head(model), kinds(model)
+        found = [path for path in known if kind[path] == KEYWORDS[pattern]]
+        found = [path for path in found if pattern != "all-linear" or known[path] is not output]
+    else:
+        found = [path for path in known if matches(pattern, path)]
+    if layers is not None:
+        of = blocks(model)
+        if max(layers) >= len(of):
+            raise ConfigError(f"{WHERE}: '{pattern}': layer {max(layers)}: the model has {len(of)}, from 0.")
+        found = [path for path in found if in_layers(path, layers, of)]
+    return {path: known[path] for path in found}
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a path meets a glob, a ``re:`` expression, or a bare name of its last part."""
     if pattern.startswith("re:"):
         return regex(pattern).fullmatch(path) is not None
     if "." not in pattern and not any(c in pattern for c in "*?["):

@@ -13,10 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lowrank.adapters.base import Adapter
-from lowrank.adapters.inject import adapter_state, built, current_plan, install
+from lowrank.adapters.inject import adapter_state, apply, current_plan, fill
 from lowrank.adapters.plan import InjectionPlan, class_and_options, resolve
-from lowrank.adapters.sites import parameters
 from lowrank.errors import ConfigError, RefusedError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,15 +59,11 @@ def load_adapter(model: Model, folder: str | Path, name: str | None = None) -> M
     about, tensors = read(folder)
     plan = read_plan(folder / PLAN, about)
     try:
-        adapters = built(model, plan, seed=0)
+        return apply(model, plan, state=tensors)
     except ValueError as error:  # an option out of range
         raise RefusedError(f"{folder / PLAN}: {error}") from error
-    try:
-        check(state_of(model, plan, adapters), tensors)
     except RefusedError as error:
         raise RefusedError(f"{folder / TENSORS}: {error}") from None
-    load_state(install(model, plan, adapters), tensors)
-    return model
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -101,29 +95,6 @@ def read_plan(path: Path, about: dict[str, Any]) -> InjectionPlan:
     return plan
 
 
-def state_of(model: nn.Module, plan: InjectionPlan, adapters: dict[str, Adapter]) -> dict[str, Tensor]:
-    """What ``adapter_state`` will be once the plan is carried out."""
-    own = parameters(model)
-    state: dict[str, Tensor] = {row.path: own[row.path] for row in plan.rows if row.path not in adapters}
-    for path, adapter in adapters.items():
-        state |= {f"{path}.adapter.{name}": tensor for name, tensor in adapter.state_dict().items()}
-    return state
-
-
-def check(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Every name and shape of ``state`` must be met by ``tensors``, and nothing more."""
-    missing, extra = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
-    if missing or extra:
-        what = "is missing" if missing else "is not part of the plan"
-        raise RefusedError(f"{(missing or extra)[0]} {what} ({len(missing + extra)} such).")
-    for name, tensor in tensors.items():
-        if tensor.shape != state[name].shape:
-            raise RefusedError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(state[name].shape)}.")
-
-
 def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copies ``tensors`` into what trains in ``model``; every name and shape must be met, or nothing is copied."""
-    state = adapter_state(model)
-    check(state, tensors)
-    for name, tensor in tensors.items():
-        state[name].detach().copy_(tensor)
+    fill(adapter_state(model), tensors)

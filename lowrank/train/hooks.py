@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,28 @@ class Hook:
         """The step is over and counted."""
 
     def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: tensors and JSON values by name."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             raise ValueError(f"{type(self).__name__} holds no state, but a checkpoint has some for it")
+
+
+def split(states: Iterable[dict[str, Any]]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The states of several hooks as the tensors of one file, ``0.importance``, and JSON values in their order."""
+    tensors: dict[str, Tensor] = {}
+    values: list[dict[str, Any]] = []
+    for i, state in enumerate(states):
+        tensors |= {f"{i}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+        values.append({name: value for name, value in state.items() if not isinstance(value, Tensor)})
+    return tensors, values
+
+
+def join(tensors: Mapping[str, Tensor], values: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What ``split`` took apart."""
+    states = [dict(held) for held in values]
+    for name, tensor in tensors.items():
+        i, _, key = name.partition(".")
+        states[int(i)][key] = tensor
+    return states

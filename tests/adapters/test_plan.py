@@ -207,7 +207,7 @@ def test_full_names_parameters_by_glob_bare_name_or_module(llama: LlamaForCausal
     assert paths(llama, {"*norm*": Full}) == norms
     assert paths(gpt2, {"bias": Full}) == [name for name, _ in gpt2.named_parameters() if name.endswith(".bias")]
     assert paths(llama, {"q_proj": Full}) == [f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1)]
-    assert "'*.biass' matches no parameter. Nearest: 'bias'" in refused(gpt2, {"*.biass": Full})
+    assert "'*.biass' matches no parameter of this GPT2LMHeadModel. Nearest: 'bias'" in refused(gpt2, {"*.biass": Full})
 
 
 def test_full_refuses_quantised_weights(llama: LlamaForCausalLM) -> None:

@@ -54,6 +54,7 @@ class Method:
 
 def read(path: Path) -> Method:
     options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    options.pop("exclude", None)
     module, _, name = options.pop("_target_").rpartition(".")
     return Method(getattr(importlib.import_module(module), name), options.pop("targets"), options)
 
