@@ -25,8 +25,7 @@ def main(node: DictConfig) -> None:
         from lowrank import run  # imports torch, which --help and --cfg do not wait for
         from lowrank.report import terminal
 
-        command = shlex.join(["python", "train.py", *HydraConfig.get().overrides.task])
-        done = run.train(settings, folder, command)
+        done = run.train(settings, folder, shlex.join(["python", "train.py", *HydraConfig.get().overrides.task]))
         terminal.closing(folder, done.summary, done.samples)
     except (Exception, KeyboardInterrupt) as error:
         compose.discard(folder)  # if nothing is in it: nothing was trained
@@ -34,6 +33,7 @@ def main(node: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = compose.whole_targets(sys.argv[1:])
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:

@@ -21,7 +21,7 @@ def main(folder: Path) -> None:
         steps = [row for row in run.metrics if row["event"] == "step"]
         parameters = run.summary["trainable_parameters"]
     # What a step sees is a function of the configuration alone: reading it again costs the measurement nothing.
-    order = assemble.batches(run.config, assemble.data(run.config, run.tokenizer), run.loaded)
+    order = assemble.batches(run.config, assemble.data(run.config, run.tokenizer), run.loaded.collate)
     batches = [order.at(row["step"])[0] for row in steps]
     assert [row["real_tokens"] for row in steps] == [batch.real_tokens for batch in batches]
     Result(

@@ -75,7 +75,7 @@ def prepare(folder: Path) -> None:
     config = compose.compose(task.overrides)
     parts = assemble.parts(config)
     data, loaded = assemble.data(config, parts.tokenizer), assemble.load(parts)
-    order = assemble.batches(config, data, loaded)
+    order = assemble.batches(config, data, loaded.collate)
     examples = [data.train[i] for step in range(1, task.steps + 1) for micro in order.indices(step) for i in micro]
     about = {
         "model": str(model_folder(config.model)),

@@ -6,7 +6,11 @@ The public names, loaded when they are first used, so that ``import lowrank`` co
     apply(model, plan, seed=0)              carry it out, in place
     remove(model)                           the original modules back
     merge(model) → (model, MergeReport)     a new model without adapters, and what merging cost
-    save_adapter, load_adapter              an adapter as a folder
+    save_adapter, load_adapter              an adapter as a folder; with name= one of several on a model
+    with use(model, "a")                    through that one; a list: one for each row of the batch
+    with disable(model)                     the bare base
+    freeze(model, "a"), unfreeze            whether one of several trains
+    resize(model, r)                        LoRA of another rank, its optimizer's state carried over
     export_peft, import_peft                the same in PEFT's format
     quantize(model, "nf4")                  4-bit NormalFloat weights, in place
     train(overrides, folder) → Run          what train.py does
@@ -21,9 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowrank.adapters.bank import disable, freeze, unfreeze, use
     from lowrank.adapters.inject import apply, remove
     from lowrank.adapters.merge import merge
     from lowrank.adapters.plan import InjectionPlan, plan
+    from lowrank.adapters.resize import resize
     from lowrank.adapters.store import load_adapter, save_adapter
     from lowrank.export.peft import export_peft, import_peft
     from lowrank.quant.convert import quantize
@@ -41,6 +47,11 @@ HOMES = {
     "merge": "adapters.merge",
     "save_adapter": "adapters.store",
     "load_adapter": "adapters.store",
+    "use": "adapters.bank",
+    "disable": "adapters.bank",
+    "freeze": "adapters.bank",
+    "unfreeze": "adapters.bank",
+    "resize": "adapters.resize",
     "export_peft": "export.peft",
     "import_peft": "export.peft",
     "quantize": "quant.convert",
@@ -52,7 +63,9 @@ __all__ = [
     "InjectionPlan",
     "Run",
     "apply",
+    "disable",
     "export_peft",
+    "freeze",
     "import_peft",
     "load_adapter",
     "merge",
@@ -60,8 +73,11 @@ __all__ = [
     "plan",
     "quantize",
     "remove",
+    "resize",
     "save_adapter",
     "train",
+    "unfreeze",
+    "use",
 ]
 
 

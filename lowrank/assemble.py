@@ -18,13 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from lowrank import classes
 from lowrank import config as schema
 from lowrank.adapters.base import Adapter
-from lowrank.adapters.inject import apply, named_trainable, names_parameter
-from lowrank.adapters.plan import Factory, InjectionPlan, Rules, plan
+from lowrank.adapters.inject import apply, hooks, named_trainable, names_parameter
+from lowrank.adapters.plan import Factory, InjectionPlan, Rules, class_and_options, plan
 from lowrank.config import Config
 from lowrank.data import chat, sources
 from lowrank.data.order import Batches
 from lowrank.data.pack import Batch, Document, pack, pad
 from lowrank.errors import ConfigError
+from lowrank.eval.generate import room, taken
 from lowrank.evaluate import Evaluator
 from lowrank.fast import linear, swiglu
 from lowrank.models import attention
@@ -64,13 +65,14 @@ def parts(config: Config) -> Parts:
     precision = precisions.resolve(config.loop.precision, device)
     if config.track.kind != "none":
         writer_class(config.track.kind)
-    bare = skeleton(config)
-    planned = plan(bare, rules(config.adapter), config.adapter.exclude)
+    bare, tokenizer = skeleton(config), models.tokenizer(config.model)
+    factories = {pattern: tokenised(made, tokenizer) for pattern, made in rules(config.adapter).items()}
+    planned = plan(bare, factories, config.adapter.exclude)
     # The optimizer's rules go by the names that will train: tried on the skeleton, before a weight is read.
     names = named_trainable(apply(bare, planned))
     optim.groups(names, config.optim.groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
     dtype = resolve_dtype(config, precision, planned)
-    return Parts(config, device, precision, dtype, planned, models.tokenizer(config.model))
+    return Parts(config, device, precision, dtype, planned, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,14 @@ def rule(pattern: str, cls: type, options: dict[str, Any], changed: dict[str, An
         return partial(cls, **{**options, **changed})
     own = {name: value for name, value in changed.items() if name != "_target_"}
     return partial(classes.resolve(changed["_target_"], Adapter, f"adapter.targets['{pattern}']._target_"), **own)
+
+
+def tokenised(factory: Factory, tokenizer: PreTrainedTokenizerBase) -> Factory:
+    """A rule's factory with the token ids of the options that are text."""
+    cls, options = class_and_options(factory)
+    texts = {name: options[name] for name in cls.texts if isinstance(options.get(name), str)}
+    ids = {name: tokenizer(text, add_special_tokens=False).input_ids for name, text in texts.items()}
+    return partial(cls, **{**options, **ids})
 
 
 def resolve_device(name: str) -> torch.device:
@@ -208,11 +218,25 @@ def base(config: Config, dtype: torch.dtype) -> nn.Module:
     return quantize(models.weights(config.model, dtype), **options)
 
 
-def batches(config: Config, data: Data, loaded: Loaded) -> Batches:
+def check_length(parts: Parts, data: Data) -> None:
+    """Raises ConfigError, before a weight is read, where a method's course over time does not fit the run's steps, or
+    the longest text not the positions that a method's own rows leave."""
+    steps, _ = steps_and_schedule(parts.config, batches(parts.config, data, pack))
+    model = apply(skeleton(parts.config), parts.plan)
+    hooks(model, steps)
+    left, longest = room(model), max(len(example.tokens) for example in (*data.train, *data.eval))
+    if taken(model) and left is not None and longest > left:
+        raise ConfigError(
+            f"data.max_length: a text of {longest:,} tokens exceeds the {left:,} of the model's positions that "
+            f"adapter.length leaves. Lower one of the two."
+        )
+
+
+def batches(config: Config, data: Data, collate: Callable[[Sequence[Document]], Batch]) -> Batches:
     loop = config.loop
     return Batches(
         data.train,
-        loaded.collate,
+        collate,
         seed=loop.seed,
         micro_batch=loop.micro_batch,
         micro_batch_tokens=loop.micro_batch_tokens,

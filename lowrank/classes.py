@@ -15,6 +15,7 @@ from lowrank.errors import ConfigError, did_you_mean
 from lowrank.rules import refuse, unknown_key
 
 KINDS = {"adapter": "lowrank.adapters.Adapter", "optim": "torch.optim.Optimizer"}
+SIDE = 2**9 * 3**2 * 5 * 7  # of the layer without values that options are tried on: any rank, most blocks, fit it
 PASSED = ("self", "base", "generator", "params")  # constructor parameters that we give, never the user
 
 
@@ -71,8 +72,9 @@ def check_adapter(target: str, targets: Any, given: dict[str, Any]) -> None:
 
     def check(where: str, cls: Any, chosen: dict[str, Any]) -> None:
         def build(options: dict[str, Any]) -> None:
-            base, generator = torch.nn.Linear(8, 8), torch.Generator("cpu")
-            cls(base, generator=generator, **options, **cls.shared({"": (8, 8)}, generator=generator, **options))
+            base, generator = torch.nn.Linear(SIDE, SIDE), torch.Generator("cpu")
+            shared = cls.shared({"": (SIDE, SIDE)}, generator=generator, **options)
+            cls(base, generator=generator, **options, **shared)
 
         if "linear" in getattr(cls, "sites", ()):
             with torch.device("meta"):
@@ -113,4 +115,5 @@ def attempt(where: str, build: Callable[[dict[str, Any]], Any], given: dict[str,
     except ValueError as error:
         option = str(error).partition(":")[0]
         joint = "." if option.isidentifier() else ": "
-        raise ConfigError(f"{where}{joint}{str(error).rstrip('.')}.") from error
+        end = "" if str(error).endswith((".", "?")) else "."
+        raise ConfigError(f"{where}{joint}{error}{end}") from error

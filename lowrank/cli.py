@@ -117,7 +117,7 @@ def inspect(arguments: Any) -> None:
     if arguments.what == "adapter":
         show_spectra([Path(word) for word in arguments.overrides], arguments.json)
         return
-    if arguments.what == "plan" and arguments.overrides and all(Path(word).is_dir() for word in arguments.overrides):
+    if arguments.what == "plan" and any(Path(word).is_dir() for word in arguments.overrides):
         show_plans([Path(word) for word in arguments.overrides])
         return
     config = compose.compose(arguments.overrides)
@@ -134,9 +134,9 @@ def show_plans(folders: Sequence[Path]) -> None:
     """A run's plan, or what differs between the plans of two."""
     from lowrank import run
 
+    if len(folders) > 2:
+        raise ConfigError(f"inspect plan: {len(folders)} runs are not allowed; one, or two to compare.")
     plans = [run.open(folder).recorded_plan for folder in folders]
-    if len(plans) > 2:
-        raise ConfigError(f"inspect plan: {len(plans)} runs are not allowed; one, or two to compare.")
     print(plans[0].diff(plans[1]) if len(plans) == 2 else plans[0])
 
 
@@ -149,7 +149,9 @@ def show_spectra(folders: Sequence[Path], as_json: bool) -> None:
 
     if not 1 <= len(folders) <= 2:
         raise ConfigError(f"inspect adapter: {len(folders)} runs are not allowed; one, or two to compare.")
-    found = looks.spectra([run.open(folder).model for folder in folders])
+    runs = [run.open(folder) for folder in folders]
+    run.refuse_two_bases(runs[0], runs[-1])
+    found = looks.spectra([one.model for one in runs])
     print(json.dumps(found.to_dict(), indent=1) if as_json else found)
 
 

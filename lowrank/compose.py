@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,6 +42,7 @@ PHRASES = (
         r"configuration: a group takes the name of one of its choices, such as model=smollm2 (got \1).",
     ),
 )
+NO_TARGETS = "++adapter.targets=null"  # "++", because of two overrides of one key a sweep keeps the second alone
 MORE_KINDS = {"schedule": " Other kinds of schedule: schedule.kind=NAME."}
 
 
@@ -54,9 +55,21 @@ def compose_node(overrides: list[str], config_dir: Path | None = None) -> DictCo
     folder = (config_dir or find_conf()).resolve()
     try:
         with fresh_hydra(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(folder)):
-            return hydra.compose("config", overrides=list(overrides))
+            return hydra.compose("config", overrides=whole_targets(overrides))
     except Exception as error:
         raise translate(error) from error
+
+
+def whole_targets(overrides: Sequence[str]) -> list[str]:
+    """``overrides``, so that a mapping of targets takes the place of the YAML's: Hydra would merge the two, and the
+    user get the method's own targets beside those that were asked for. A list it would not put for a mapping at all."""
+    found: list[str] = []
+    for override in overrides:
+        several = override.startswith("adapter.targets=") and ("{" in override or "[" in override)
+        if several and found[-1:] != [NO_TARGETS]:
+            found.append(NO_TARGETS)
+        found.append(override)
+    return found
 
 
 def changed(base: config.Config, overrides: list[str], allowed: tuple[str, ...]) -> config.Config:

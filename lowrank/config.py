@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lowrank.classes import check_adapter, check_optimizer, options, resolve
 from lowrank.errors import ConfigError
-from lowrank.rules import ANY, OWNERS, RELATIONS, RULES, refuse, unknown_key
+from lowrank.rules import ANY, OWNERS, RELATIONS, RULES, read_group, refuse, unknown_key
 
 __all__ = ["Config", "key_error", "parse", "resolve", "sentence"]
 
@@ -77,7 +77,7 @@ class Optim:
     target: str  # the YAML's ``_target_``: the dotted path of an Optimizer class
     lr: float
     weight_decay: float
-    groups: list[dict[str, Any]]  # ordered rules {match, lr?, weight_decay?}
+    groups: list[dict[str, Any]]  # ordered rules {match, lr? or lr_ratio?, weight_decay?}
     options: dict[str, Any]  # every other key: the constructor's
 
 
@@ -247,15 +247,6 @@ def read_value(path: str, value: Any) -> Any:
         raise ConfigError(f"{path}: missing; {rule.wanted.removesuffix(', or null')}. Write {path}=….")
     found = rule.read(path, value)
     return [read_group(f"{path}[{i}]", group) for i, group in enumerate(found)] if path == "optim.groups" else found
-
-
-def read_group(where: str, group: dict[str, Any]) -> dict[str, Any]:
-    """One rule of ``optim.groups``: match, and what it changes."""
-    prefix = "optim.groups."
-    check_keys(where, group, [path.removeprefix(prefix) for path in RULES if path.startswith(prefix)])
-    if "match" not in group:
-        raise ConfigError(f"{where}.match: missing; {RULES[prefix + 'match'].wanted}.")
-    return {key: RULES[prefix + key].read(f"{where}.{key}", value) for key, value in group.items()}
 
 
 def names(cls: type, where: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from lowrank.errors import RefusedError
 CONFIG, PLAN, PLAN_JSON = "config.yaml", "plan.txt", "plan.json"
 METRICS, EVENTS = "metrics.jsonl", "events.log"
 SAMPLES, SUMMARY, REPORT = "samples.jsonl", "summary.json", "report.html"
+SPECTRA = "spectra.json"
 CHECKPOINTS, ADAPTER, LOCK = "checkpoints", "adapter", ".lock"
 
 

@@ -18,7 +18,7 @@ from lowrank import config as schema
 from lowrank.data.chat import Example
 from lowrank.data.pack import Batch
 from lowrank.directory import write_json
-from lowrank.eval.generate import generate
+from lowrank.eval.generate import check_room, generate
 from lowrank.eval.heldout import held_out
 from lowrank.eval.scores import rouge_l, scores
 from lowrank.eval.stats import bootstrap
@@ -68,15 +68,20 @@ class Evaluator:
         batches = (self.collate(by_length[i : i + DOCUMENTS]) for i in range(0, len(by_length), DOCUMENTS))
         return held_out(model, batches, self.loss, self.autocast)
 
+    def check_room(self, model: Any) -> None:
+        """Raises ConfigError where a prompt that is generated from leaves no room for the new tokens."""
+        if self.prompts:
+            check_room(model, self.prompts, self.settings.generate.max_new_tokens)
+
     def generated(self, model: nn.Module) -> Evaluation:
         """Texts from the prompts and their scores against the references; empty where nothing is generated."""
         if not self.sampled:
             return Evaluation({}, [])
-        prompts = [example.tokens[: example.target.index(True)] for example in self.sampled]
         options = asdict(self.settings.generate)
         options.pop("limit")
         with self.autocast():
-            texts = [drawn[0].strip() for drawn in generate(model, self.tokenizer, prompts, stop=self.stop, **options)]
+            drawn = generate(model, self.tokenizer, self.prompts, stop=self.stop, **options)
+        texts = [text.strip() for text, *_ in drawn]
         return Evaluation(dict(scores(texts, self.references)), texts)
 
     def whole(self, model: nn.Module) -> Evaluation:
@@ -93,6 +98,10 @@ class Evaluator:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(found))
         return found
+
+    @property
+    def prompts(self) -> list[Sequence[int]]:
+        return [example.tokens[: example.target.index(True)] for example in self.sampled]
 
     @property
     def references(self) -> list[str]:

@@ -150,11 +150,12 @@ RULES: dict[str, Rule] = {
     "optim.lr": POSITIVE_NUMBER,
     "optim.weight_decay": NOT_NEGATIVE,
     "optim.groups": Rule(
-        "a list of {match, lr, weight_decay}",
+        "a list of {match, lr or lr_ratio, weight_decay}",
         lambda v: isinstance(v, list) and all(isinstance(g, dict) for g in v),
     ),
     "optim.groups.match": text("a pattern of parameter names, such as '*.B'"),
     "optim.groups.lr": POSITIVE_NUMBER,
+    "optim.groups.lr_ratio": POSITIVE_NUMBER,
     "optim.groups.weight_decay": NOT_NEGATIVE,
     "optim.betas": numbers("two numbers, each from 0 up to, but not including, 1", 2, lambda v: 0 <= v < 1),
     "optim.eps": POSITIVE_NUMBER,
@@ -197,6 +198,21 @@ RULES: dict[str, Rule] = {
     "track.project": text("a project's name"),
     "track.name": or_null(text("a run's name")),
 }
+
+
+def read_group(where: str, group: dict[str, Any]) -> dict[str, Any]:
+    """One rule of ``optim.groups``: match, and what it changes. Raises ConfigError where it is wrong."""
+    prefix = "optim.groups."
+    allowed = [path.removeprefix(prefix) for path in RULES if path.startswith(prefix)]
+    for key in group:
+        if key not in allowed:
+            raise unknown_key(f"{where}.{key}", allowed)
+    if "match" not in group:
+        raise ConfigError(f"{where}.match: missing; {RULES[prefix + 'match'].wanted}.")
+    if "lr" in group and "lr_ratio" in group:
+        raise refuse(f"{where}.lr_ratio", group["lr_ratio"], "either lr or lr_ratio, which is times optim.lr")
+    return {key: RULES[prefix + key].read(f"{where}.{key}", value) for key, value in group.items()}
+
 
 # Keys that mean something for some choices of their group only; elsewhere they must keep their default.
 OWNERS: dict[str, tuple[str, ...]] = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -17,8 +19,9 @@ from lowrank.adapters.plan import InjectionPlan
 from lowrank.assemble import Loaded, Parts
 from lowrank.config import Config
 from lowrank.config import load as load_config
+from lowrank.data.chat import Example
 from lowrank.directory import Log
-from lowrank.errors import ConfigError, RefusedError
+from lowrank.errors import ConfigError, DataError, RefusedError
 from lowrank.models.fingerprint import base_id, fingerprint
 from lowrank.session import Session
 from lowrank.train import checkpoint
@@ -59,8 +62,19 @@ class Run:
 
     @property
     def recorded_plan(self) -> InjectionPlan:
-        """The plan as the run wrote it down; the model need not be there."""
-        return InjectionPlan.from_dict(directory.read_json(self.folder / directory.PLAN_JSON))
+        """The plan as the run wrote it down; the model need not be there. Raises ConfigError where there is none."""
+        path = self.folder / directory.PLAN_JSON
+        if not path.is_file():
+            raise ConfigError(f"{self.folder}: no {path.name} there; a run writes it when its training begins.")
+        try:
+            return InjectionPlan.from_dict(directory.read_json(path))
+        except (ValueError, KeyError, TypeError) as error:
+            raise RefusedError(f"{path}: not a run's plan ({error}).") from error
+
+    @property
+    def base(self) -> dict[str, str]:
+        """The hashes of the base's tensors by name, as they are beside the final adapter; empty before that is there."""
+        return directory.read_json(self.folder / directory.ADAPTER / store.PLAN).get("base", {})
 
     @cached_property
     def model(self) -> Any:
@@ -80,6 +94,17 @@ class Run:
             raise RefusedError(f"{self.folder}: no adapter and no checkpoint that verifies.")
         return checkpoint.read(newest).tensors["adapter"]
 
+    def probes(self) -> dict[str, Any]:
+        """Tokens of the run's own data for ``save_merged``: ``probe`` held out, 16 rows of 128 ids, to measure on;
+        ``calibration`` 64 rows of training ones. Random tokens, which ``notes`` says, where the data is gone."""
+        try:
+            data = assemble.data(self.config, self.tokenizer)
+        except (DataError, ConfigError) as error:
+            reason = str(error).splitlines()[0]
+            return {"notes": (f"the run's data cannot be read ({reason}): random tokens stand in for it",)}
+        width = min(128, getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 128)
+        return {"probe": rows_of(data.eval, 16, width), "calibration": rows_of(data.train, 64, width)}
+
     @property
     def metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.folder / directory.METRICS)
@@ -93,12 +118,33 @@ class Run:
         return read_metrics(self.folder / directory.SAMPLES)
 
 
+def rows_of(examples: Sequence[Example], rows: int, width: int) -> Tensor:
+    """Up to ``rows`` rows of ``width`` ids, of examples evenly spaced over all of them and put end to end."""
+    tokens = sum(len(example.tokens) for example in examples)
+    step = max(1, tokens // (rows * width))
+    chosen = [*examples[::step], *(example for n, example in enumerate(examples) if n % step)]
+    ids = torch.tensor([token for example in chosen for token in example.tokens][: rows * width])
+    width = min(width, len(ids))
+    return ids[: len(ids) // width * width].view(-1, width)
+
+
 def refuse_other_base(trained_on: dict[str, str], here: dict[str, str]) -> None:
     if trained_on and trained_on != here:
         name = next(n for n in [*here, *trained_on] if trained_on.get(n) != here.get(n))
         raise RefusedError(
             f"adapter was trained on base {base_id(trained_on)[:8]}…, "
             f"this base is {base_id(here)[:8]}… ({name} differs)."
+        )
+
+
+def refuse_two_bases(first: Run, second: Run) -> None:
+    """What two runs have learnt can be compared where they learnt it on one base."""
+    one, other = first.base, second.base
+    if one != other and one and other:
+        name = next(n for n in [*one, *other] if one.get(n) != other.get(n))
+        raise RefusedError(
+            f"{first.folder} was trained on base {base_id(one)[:8]}…, {second.folder} on base {base_id(other)[:8]}… "
+            f"({name} differs): adapters can be compared on one base only."
         )
 
 
@@ -121,6 +167,7 @@ def train(config: Config, folder: str | Path, command: str | None = None) -> Run
         log.say(str(parts))
         data = assemble.data(config, parts.tokenizer)
         log.say(str(data))
+        assemble.check_length(parts, data)
         loaded = assemble.load(parts)
         for note in (*parts.plan.notes, *loaded.notes):
             log.say(note)

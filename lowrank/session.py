@@ -8,16 +8,15 @@ from pathlib import Path
 
 import torch
 
-from lowrank import assemble, classes, directory
-from lowrank.adapters import preflight, store
+from lowrank import assemble, classes, directory, outcome
+from lowrank.adapters import preflight
 from lowrank.adapters.inject import adapter_state, apply, hooks, named_trainable
 from lowrank.adapters.sites import adapted
 from lowrank.assemble import Data, Loaded, Parts
 from lowrank.directory import Log
 from lowrank.disk import write_text
-from lowrank.errors import ConfigError, Interrupted, NumericsError, RefusedError
+from lowrank.errors import Interrupted, NumericsError, RefusedError
 from lowrank.evaluate import Evaluation, PeriodicEvaluation
-from lowrank.export.peft import export_peft
 from lowrank.identity import identity, versions
 from lowrank.keys import Clock
 from lowrank.models.cache import cache
@@ -28,7 +27,7 @@ from lowrank.train import checkpoint, optim
 from lowrank.train.hooks import join, split
 from lowrank.train.loop import Loop, State, peak_memory_mb
 from lowrank.train.loss import target_logits, target_loss
-from lowrank.train.metrics import Metrics
+from lowrank.train.metrics import MethodEvents, Metrics
 from lowrank.train.precision import Precision
 from lowrank.train.progress import ProgressLine
 from lowrank.train.stopping import stopping_on_signals
@@ -54,7 +53,7 @@ class Session:
         )
         self.saved = self.checkpoint_to_resume()
         self.evaluator = assemble.evaluator(self.config, parts, data, loaded)
-        self.order = assemble.batches(self.config, data, loaded)
+        self.order = assemble.batches(self.config, data, loaded.collate)
         self.steps, self.schedule = assemble.steps_and_schedule(self.config, self.order)
 
     def checkpoint_to_resume(self) -> checkpoint.Saved | None:
@@ -148,6 +147,7 @@ class Session:
         if state is None:
             with torch.no_grad(), self.precision.autocast():
                 preflight.check_identity(self.model, bare, target_logits(self.model, probe))
+        self.evaluator.check_room(self.model)  # an adapter may have taken positions
         preflight.check_subclasses(self.model)
         with self.precision.autocast():
             loss = target_loss(self.model, probe)
@@ -193,7 +193,8 @@ class Session:
                 metrics.write({"event": "eval", "step": 0, **before.metrics})
         self.progress = ProgressLine(self.loop.state.step, self.steps)
         watching = [*([self.tracker] if self.tracker else []), self.progress]
-        self.loop.hooks = [metrics, *self.methods, self.evaluation, *watching, self.checkpoints]
+        events = MethodEvents(self.methods, metrics)
+        self.loop.hooks = [metrics, *self.methods, events, self.evaluation, *watching, self.checkpoints]
 
     def snapshot(self) -> checkpoint.Saved:
         tensors, values = optim.state_tensors(self.loop.optimizer)
@@ -245,17 +246,10 @@ class Session:
         rows = self.evaluator.samples(before, after)
         lines = "".join(directory.json_line(row) for row in rows)
         write_text(self.folder / directory.SAMPLES, lines)
-        self.save_adapter(self.folder / directory.ADAPTER)
+        outcome.save_adapter(self.model, self.folder / directory.ADAPTER, self.base, self.config.model.name, self.log)
+        outcome.write_spectra(self.model, self.folder / directory.SPECTRA, self.log)
         self.summarise("done", before, after)
         self.model.eval()
-
-    def save_adapter(self, folder: Path) -> None:
-        """In our own format, and beside it in PEFT's where that has one."""
-        store.save_adapter(self.model, folder, base=self.base)
-        try:
-            export_peft(self.model, folder, base_name=self.config.model.name)
-        except ConfigError as error:
-            self.log.note(f"adapter/ is in our own format alone: {error}")
 
     def summarise(self, status: str, before: Evaluation | None, after: Evaluation | None, error: str = "") -> None:
         """summary.json and report.html."""

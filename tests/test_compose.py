@@ -30,7 +30,7 @@ def test_a_misspelt_key_reads_the_same_however_it_is_given(override: str) -> Non
         ("lop.steps=1", "lop: unknown key. Did you mean 'loop'? Allowed: model, quant, adapter, data, optim, schedule"),
         ("modle=hf", "modle: unknown key. Did you mean 'model'?"),
         ("+modle=hf", "modle: unknown key. Did you mean 'model'?"),
-        ("adapter.rr=1", "adapter.rr: unknown key. Did you mean 'r'? Allowed: targets, r, alpha, dropout, rslora."),
+        ("adapter.rr=1", "adapter.rr: unknown key. Did you mean 'r'? Allowed: targets, exclude, r, alpha,"),
         ("loop.seed.x=1", "loop.seed.x: unknown key."),
         ("eval.generate.topp=1", "eval.generate.topp: unknown key. Did you mean 'top_p'?"),
         ("hydra.rnu.dir=x", "hydra.rnu: unknown key. Did you mean 'run'?"),

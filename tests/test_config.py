@@ -153,6 +153,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(
         ("eval.generate.top_p", 1),
         ("adapter.targets", ["q_proj", "*.v_proj"]),
         ("optim.groups", [{"match": "*.B", "lr": 3e-3, "weight_decay": 0}]),
+        ("optim.groups", [{"match": "*.B", "lr_ratio": 0.5}]),
     ],
 )
 def test_the_edges_of_what_is_allowed_are_allowed(tree: dict[str, Any], path: str, value: Any) -> None:
@@ -165,7 +166,10 @@ def test_the_edges_of_what_is_allowed_are_allowed(tree: dict[str, Any], path: st
         ("lop", "unknown key. Did you mean 'loop'? Allowed: model, quant, adapter, data, optim,"),
         ("loop.step", "unknown key. Did you mean 'steps'? Allowed: steps, epochs,"),
         ("optim.lrr", "unknown key. Did you mean 'lr'? Allowed: lr, weight_decay, groups, betas, eps,"),
-        ("adapter.rr", "unknown key. Did you mean 'r'? Allowed: targets, exclude, r, alpha, dropout, rslora."),
+        (
+            "adapter.rr",
+            "unknown key. Did you mean 'r'? Allowed: targets, exclude, r, alpha, dropout, rslora, init, freeze_a.",
+        ),
         ("data.fields.reply", "unknown key. Allowed: instruction, input, response, text."),
         ("eval.generate.topp", "unknown key. Did you mean 'top_p'? Allowed: limit,"),
     ],
@@ -192,6 +196,14 @@ def test_an_unknown_key_is_named_with_the_nearest_and_the_allowed(tree: dict[str
         ),
         ({"optim.groups": [{"lr": 1}]}, "optim.groups[0].match: missing; a pattern of parameter names, such as '*.B'."),
         ({"optim.groups": [{"match": "a", "lr": 0}]}, "optim.groups[0].lr: 0 is not allowed; a positive number."),
+        (
+            {"optim.groups": [{"match": "a", "lr": 1e-3, "lr_ratio": 16}]},
+            "optim.groups[0].lr_ratio: 16 is not allowed; either lr or lr_ratio, which is times optim.lr.",
+        ),
+        (
+            {"optim.groups": [{"match": "a", "lr_ratio": 0}]},
+            "optim.groups[0].lr_ratio: 0 is not allowed; a positive number.",
+        ),
         ({"optim.groups": [{"mtch": "a"}]}, "optim.groups[0].mtch: unknown key. Did you mean 'match'?"),
         ({"model.kind": "???"}, "model.kind: missing; one of smollm2, hf, tiny_llama, tiny_gpt2. Write model.kind=…."),
         ({"loop.seed": "${data.sed}"}, "loop.seed: Interpolation key 'data.sed' not found."),

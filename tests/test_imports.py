@@ -14,7 +14,7 @@ GROUND = ("errors", "keys", "quant")
 LAYERS = ("adapters", "models", "config", "data", "train", "eval")
 SCHEMA = ("rules", "classes")  # what config.py is made of
 USES = ("export", "inspect", "report", "track", "fast")
-PARTS = ("assemble", "evaluate", "identity", "directory", "session")  # of the composition: everything but its roots
+PARTS = ("assemble", "evaluate", "identity", "directory", "outcome", "session")  # of the composition: everything but its roots
 ROOTS = ("run", "cli", "compose")
 ANYWHERE = (*GROUND, "disk", *LAYERS, *SCHEMA, *USES, *PARTS)
 
@@ -40,10 +40,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "evaluate": ANYWHERE,
     "identity": ANYWHERE,
     "directory": ANYWHERE,
+    "outcome": ANYWHERE,
     "session": ANYWHERE,
     "compose": ("errors", "config", *SCHEMA),
     "run": (*ANYWHERE, "compose"),
-    "cli": (*ANYWHERE, "compose", "run"),
+    "testing": ANYWHERE,
+    "cli": (*ANYWHERE, "compose", "run", "testing"),
 }
 
 

@@ -145,6 +145,29 @@ def test_a_saved_adapter_comes_back_on_a_bare_model(
     assert (logits(bare, tokens) - logits(wrapped, tokens)).abs().max() <= 1e-5
 
 
+def test_adapters_with_names_are_switched_mixed_and_disabled(
+    wrapped: LlamaForCausalLM, make_llama: Callable[..., Any], tokens: Tensor, tmp_path: Path
+) -> None:
+    lowrank.save_adapter(wrapped, tmp_path / "saved")
+    model, bare, tuned = make_llama(), make_llama(), logits(wrapped, tokens)
+    for name in ("a", "b"):
+        assert lowrank.load_adapter(model, tmp_path / "saved", name=name) is model
+    assert not torch.equal(tuned, logits(bare, tokens))
+    with lowrank.use(model, ["a", None]):
+        mixed = logits(model, tokens)
+    assert (mixed[0] - tuned[0]).abs().max() <= 1e-6 * tuned.abs().max()
+    assert (mixed[1] - logits(bare, tokens)[1]).abs().max() <= 1e-6 * tuned.abs().max()
+    with lowrank.disable(model):
+        assert torch.equal(logits(model, tokens), logits(bare, tokens))
+    lowrank.freeze(model, "b")
+    lowrank.use(model, "b")
+    lowrank.resize(model, 12, name="b")
+    assert (logits(model, tokens) - tuned).abs().max() <= 1e-5
+    lowrank.unfreeze(model, "b")
+    assert lowrank.remove(model) is model
+    assert torch.equal(logits(model, tokens), logits(bare, tokens))
+
+
 def test_quantize_works_in_place_and_leaves_the_head(llama: LlamaForCausalLM) -> None:
     assert lowrank.quantize(llama, "nf4", double=True, skip=["lm_head"]) is llama
     assert isinstance(llama.model.layers[0].self_attn.q_proj, NF4Linear)

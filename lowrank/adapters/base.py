@@ -32,9 +32,14 @@ class Adapter(nn.Module):
 
     sites: ClassVar[tuple[str, ...]] = ("linear",)  # any of "linear" "embedding" "block" "backbone" "parameter"
     identity_at_start: bool | Literal["rounding"] = True  # of the class, or of one with certain options; checked
+    texts: ClassVar[tuple[str, ...]] = ()  # options that are text to a user, and their token ids to the constructor
+
+    # Names of parameters whose gradient leaves a term out on purpose, as their paper says (DoRA's norm is a constant).
+    gradient_leaves_out: ClassVar[tuple[str, ...]] = ()
 
     clock: Clock = Clock()  # replaced by the run's own when the adapter is applied
     group: str = ""  # sites of one parent with one input width share a group, and so their dropout mask
+    virtual_tokens: int = 0  # positions of the model that its own rows take before every text
 
     @classmethod
     def shared(
@@ -55,9 +60,20 @@ class Adapter(nn.Module):
     def forward(self, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} does not define forward(base, *args, **kwargs)")
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(A (r, in), B (out, r)) where the method adds B A x to the base's output, scale included; else None.
+
+        Enough to merge it, to look into it and to export it as a LoRA.
+        """
+        return None
+
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The dense (weight, bias) equal to the wrapped call; pure. ``weight`` is (out, in)."""
-        raise NotMergeable(f"{type(self).__name__} is not a change of weight and bias")
+        """The dense (weight, bias) equal to the wrapped call; pure. ``weight`` is (out, in), the base's that is now."""
+        found = self.factors()
+        if found is None:
+            raise NotMergeable(f"{type(self).__name__} is not a change of weight and bias")
+        A, B = found
+        return weight + B.to(weight.dtype) @ A.to(weight.dtype), bias  # (out, in)
 
     def rebased(self, base: nn.Module) -> nn.Module:
         """The base that the adapter stands on: ``base`` itself, or a new one where the start changes it (PiSSA).
@@ -75,8 +91,11 @@ class Adapted(nn.Module):
     """A module of the model with its adapter: ``base.*`` and ``adapter.*``.
 
     ``kept`` holds the module that stood here before: ``base`` itself, the one that the adapter's start has changed
-    into ``base``, or nothing where that was not kept. In a tuple it is no submodule of this one.
+    into ``base``, or nothing where that was not kept. In a tuple it is no submodule of this one. While it is
+    ``bypassed`` (``lowrank.disable``) calls go there.
     """
+
+    bypassed = False
 
     def __init__(
         self,
@@ -100,6 +119,8 @@ class Adapted(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.bypassed and self.original is not None:
+            return self.original(*args, **kwargs)
         return self.adapter(self.base, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -127,7 +148,7 @@ def dense_weight(base: nn.Module) -> Tensor:
         case Conv1D() | nn.Embedding():
             return base.weight.T
         case _:
-            raise TypeError(f"{type(base).__name__} has no dense weight")
+            raise NotMergeable(f"{type(base).__name__} has no dense weight")
 
 
 def shape(base: nn.Module) -> tuple[int, int]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.adapters.bank import admit, enter, held, route_of
 from lowrank.adapters.base import Adapted, Adapter, shape
-from lowrank.adapters.plan import InjectionPlan, Row, dotted, resolve
-from lowrank.adapters.sites import adapted, count, parameters, sites, uncovered
+from lowrank.adapters.plan import InjectionPlan, Row, dotted, resolve, stand_in
+from lowrank.adapters.sites import TRAINED, adapted, count, parameters, replace, sites, uncovered
 from lowrank.errors import ConfigError, RefusedError
 from lowrank.keys import Clock, key
 
 Model = TypeVar("Model", bound=nn.Module)
-
-TRAINED = "trained_rows"  # the attribute that keeps a plan's rows of the base's own parameters on the model
 
 
 def apply(
@@ -27,6 +27,7 @@ def apply(
     *,
     state: Mapping[str, Tensor] | None = None,
     keep_base: bool = True,
+    name: str | None = None,
 ) -> Model:
     """Freezes ``model`` and puts the plan's adapters on it, in place; returns it.
 
@@ -35,19 +36,50 @@ def apply(
     loop's); without one each forward draws new masks. Where the start changes the base (PiSSA), the original modules
     stay in memory for ``remove`` unless ``keep_base`` is false.
 
-    Raises ConfigError, with nothing changed, where the model already carries adapters or is not the plan's;
-    RefusedError where ``state`` is not the plan's.
+    With a ``name`` they stand beside the adapters that the model carries, which go on as they are (see
+    ``lowrank.use``); the first one is the one in use.
+
+    Raises ConfigError, with nothing changed, where the model already carries adapters (of that name) or is not the
+    plan's, or where adapters with names would change the base; RefusedError where ``state`` is not the plan's.
     """
-    adapters = built(model, plan, seed)
+    if name is not None:
+        admit(model, name)
+    elif next(adapted(model), None) is not None:
+        raise ConfigError(
+            "apply: the model already carries adapters; lowrank.remove(model) takes them off, and with a name "
+            "(name=…) another one stands beside them."
+        )
+    adapters = built(model, plan, seed, filled=state is not None)
     if state is not None:
         fill(state_of(model, plan, adapters), state)
-    return install(model, plan, adapters, clock, keep_base)
+    return (
+        install(model, plan, adapters, clock, keep_base) if name is None else beside(model, plan, adapters, clock, name)
+    )
 
 
-def built(model: nn.Module, plan: InjectionPlan, seed: int) -> dict[str, Adapter]:
-    """The plan's adapters by path, not yet on the model, which is checked to be the plan's and is not changed."""
-    if next(adapted(model), None) is not None:
-        raise ConfigError("apply: the model already carries adapters; lowrank.remove(model) takes them off.")
+def beside(model: Model, plan: InjectionPlan, adapters: dict[str, Adapter], clock: Clock | None, name: str) -> Model:
+    """Puts the adapters under a name beside others, in place. They share the base, which so stays as it is."""
+    bare = dict(sites(model))
+    for row in plan.rows:
+        with torch.no_grad():
+            if row.path not in adapters or adapters[row.path].rebased(bare[row.path]) is not bare[row.path]:
+                raise ConfigError(
+                    f"{row.path}: {row.method} changes the base itself, which adapters with names share: name={name} "
+                    f"is not possible."
+                )
+    if next(adapted(model), None) is None:
+        model.requires_grad_(False)
+    for row in plan.rows:
+        adapters[row.path].clock, adapters[row.path].group = clock or Adapter.clock, row.group
+    enter(model, name, adapters, {row.path: row.options for row in plan.rows})
+    return model
+
+
+def built(model: nn.Module, plan: InjectionPlan, seed: int, *, filled: bool = False) -> dict[str, Adapter]:
+    """The plan's adapters by path, not yet on the model, which is checked to be the plan's and is not changed.
+
+    ``filled``: their values will be given, so what would be read off the weights need not be.
+    """
     bare, own = dict(sites(model)), parameters(model)
     wrapped = [row for row in plan.rows if not names_parameter(row)]
     for row in plan.rows:
@@ -56,7 +88,22 @@ def built(model: nn.Module, plan: InjectionPlan, seed: int) -> dict[str, Adapter
         if found is None or (tuple(found.shape) if isinstance(found, Tensor) else shape_or_none(found)) != row.shape:
             raise ConfigError(f"apply: the plan's {row.path} {row.shape} is not a {what} of this model.")
     shared = shared_options(wrapped, seed)
-    return {row.path: build(row, bare[row.path], seed, shared[method(row)]) for row in wrapped}
+    adapters = {row.path: build(row, bare[row.path], seed, shared[method(row)], filled) for row in wrapped}
+    for row in plan.rows:
+        site = row.path.rpartition(".")[0]
+        if names_parameter(row) and site in adapters:
+            refuse_two_bases(row, bare[site], adapters[site])
+    return adapters
+
+
+@torch.no_grad()
+def refuse_two_bases(row: Row, base: nn.Module, adapter: Adapter) -> None:
+    """A weight that the start of its site's adapter replaces cannot train itself: it would be lost."""
+    if adapter.rebased(base) is not base:
+        raise ConfigError(
+            f"adapter.targets: {row.path} trains itself, but {type(adapter).__name__} with these options starts from "
+            f"it and replaces it. Leave one of the two out, or choose another start."
+        )
 
 
 def install(
@@ -77,9 +124,7 @@ def install(
             base.requires_grad_(False)
         kept = (original,) if keep or base is original else ()
         replace(model, row.path, Adapted(base, adapter, row.options, kept))
-    trained = tuple(row for row in plan.rows if names_parameter(row))
-    if trained:
-        vars(model)[TRAINED] = trained
+    vars(model)[TRAINED] = tuple(row for row in plan.rows if names_parameter(row))
     return model
 
 
@@ -114,15 +159,20 @@ def shared_options(rows: list[Row], seed: int) -> dict[tuple[str, str], dict[str
     }
 
 
-def build(row: Row, base: nn.Module, seed: int, shared: dict[str, Any]) -> Adapter:
-    adapter = resolve(row.adapter)(base, generator=key(seed, "init", row.path), **row.options, **shared)
+def build(row: Row, base: nn.Module, seed: int, shared: dict[str, Any], filled: bool) -> Adapter:
+    cls = resolve(row.adapter)
+    make = partial(cls, generator=key(seed, "init", row.path), **row.options, **shared)
     device = next((p.device for p in base.parameters()), torch.device("cpu"))
-    return adapter.to(device)
+    if filled and not shared and cls.rebased is not Adapter.rebased:  # its start may take a decomposition of W
+        adapter: Adapter = make(stand_in(base))
+        if not any(module._non_persistent_buffers_set for module in adapter.modules()):
+            return adapter.to_empty(device=device)
+    return make(base).to(device)
 
 
 def remove(model: Model) -> Model:
     """Puts the original module objects back, in place. The base stays frozen and keeps its values."""
-    wrapped = list(adapted(model))
+    wrapped, route = list(adapted(model)), route_of(model)
     lost = [path for path, module in wrapped if module.original is None]
     if lost:
         raise ConfigError(
@@ -132,18 +182,10 @@ def remove(model: Model) -> Model:
     for path, module in reversed(wrapped):  # what lies within a wrapped backbone first
         assert module.original is not None
         replace(model, path, module.original)
+    if route is not None:
+        route.release(model)
     vars(model).pop(TRAINED, None)
     return model.requires_grad_(False)
-
-
-def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Sets the module at a bare path, through whatever is wrapped on the way there."""
-    parent: nn.Module = model
-    *parents, name = path.split(".")
-    for part in parents:
-        child = getattr(parent, part)
-        parent = child.base if isinstance(child, Adapted) else child
-    setattr(parent, name, module)
 
 
 def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -156,9 +198,11 @@ def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """What an adapter file holds: parameters and persistent buffers of every adapter, and the base's own
-    parameters that train, by the bare model's names."""
+    parameters that train, by the bare model's names. Of one of several adapters: by the names it has alone."""
+    if name is not None:
+        return named_state({path: one.adapter for path, one in held(model, name).items()})
     state: dict[str, Tensor] = {n: p for n, p in parameters(model).items() if p.requires_grad}
     return state | named_state({path: module.adapter for path, module in adapted(model)})
 
@@ -191,30 +235,36 @@ def fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         state[name].detach().copy_(tensor)
 
 
-def current_plan(model: nn.Module) -> InjectionPlan:
-    """The plan that the model carries, read off its adapters."""
+def current_plan(model: nn.Module, name: str | None = None) -> InjectionPlan:
+    """The plan that the model carries, read off its adapters: of the named one, or of the only one."""
     rows = [
         Row(
             path=path,
-            kind=type(module.base).__name__,
-            shape=shape(module.base),
-            adapter=dotted(type(module.adapter)),
-            options=module.options,
-            parameters=sum(p.numel() for p in module.adapter.parameters() if p.requires_grad),
-            group=module.adapter.group,
+            kind=type(one.site.base if one.site.original is None else one.site.original).__name__,
+            shape=shape(one.site.base),
+            adapter=dotted(type(one.adapter)),
+            options=one.options,
+            parameters=sum(p.numel() for p in one.adapter.parameters() if p.requires_grad),
+            group=one.adapter.group,
         )
-        for path, module in adapted(model)
+        for path, one in held(model, name).items()
     ]
     rows += getattr(model, TRAINED, ())
     return InjectionPlan(tuple(rows), count(model), uncovered(model))
 
 
 def hooks(model: nn.Module, steps: int) -> list[Any]:
-    """What each method on the model, with each set of its options, does over time, for a run of ``steps``."""
-    methods: dict[tuple[str, str], dict[str, Adapter]] = {}
-    carried = {path: module.adapter for path, module in adapted(model)}
-    for row in current_plan(model).rows:
-        if row.path in carried:
-            methods.setdefault(method(row), {})[row.path] = carried[row.path]
-    made = (type(next(iter(group.values()))).hook(group, steps=steps) for group in methods.values())
+    """What each method on the model, with each set of its options, does over time, for a run of ``steps``; of a
+    frozen adapter nothing."""
+    route = route_of(model)
+    made = [hook for name in (route.resident if route else [None]) for hook in hooks_of(model, name, steps)]
     return [hook for hook in made if hook is not None]
+
+
+def hooks_of(model: nn.Module, name: str | None, steps: int) -> Iterator[Any | None]:
+    carried = {path: one.adapter for path, one in held(model, name).items()}
+    methods: dict[tuple[str, str], dict[str, Adapter]] = {}
+    for row in current_plan(model, name).rows:
+        if row.path in carried and row.parameters:
+            methods.setdefault(method(row), {})[row.path] = carried[row.path]
+    return (type(next(iter(group.values()))).hook(group, steps=steps) for group in methods.values())

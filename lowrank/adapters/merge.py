@@ -1,40 +1,48 @@
-"""Merging: a new model in which every wrapped call has become one dense weight, and what that cost."""
+"""Merging: a new model in which every wrapped call has become one weight, and what that cost."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from lowrank.adapters.base import Adapted, NotMergeable, dense_weight
-from lowrank.adapters.sites import adapted, sites
-from lowrank.keys import key
+from lowrank.adapters.base import Adapted, dense_weight
+from lowrank.adapters.effect import Kept, Tokens, kept, random_tokens, table, weight_before
+from lowrank.adapters.kind import like, standing_for
+from lowrank.adapters.requantise import Calibration, begun, merged_parts, places
+from lowrank.adapters.sites import TRAINED, adapted, sites, walk
+from lowrank.errors import ConfigError, RefusedError, did_you_mean
 from lowrank.quant.nf4 import NF4Linear
 
 Model = TypeVar("Model", bound=nn.Module)
+
+KINDS, METHODS = ("dense", "nf4"), ("naive", "best")
 
 
 @dataclass(frozen=True)
 class MergedSite:
     path: str
     change: float  # ‖W' − W‖ / ‖W‖
-    rounding: float  # ‖stored − W'‖ / ‖W' − W‖: what the stored dtype lost of the change
+    rounding: float  # ‖stored − W'‖ / ‖W' − W‖: what the stored numbers lost of the change, weight by weight
+    flipped: float | None = None  # the share of 4-bit codes that are not the base's; None unless both are NF4
+    share: float | None = None  # of the change that its output needed on the calibration tokens, what the codes carry
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did: a row a site, and the largest difference of the merged model's logits from the wrapped
-    model's on a probe batch, beside the wrapped logits' own largest value (None where the model has none)."""
+    """What a merge did: a row a site, and how the merged model's logits compare on the probe (``lowrank.merge``).
+
+    ``share`` and the three figures behind it are None where they cannot be known.
+    """
 
     sites: tuple[MergedSite, ...]
-    logit_difference: float | None
-    logit_scale: float | None
+    share: float | None  # 1 − ‖merged − wrapped‖ / ‖wrapped − base‖
+    effect: float | None  # ‖wrapped − base‖ / ‖wrapped‖
+    logit_difference: float | None  # max |merged − wrapped|
+    logit_scale: float | None  # max |wrapped|
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -43,74 +51,138 @@ class MergeReport:
             change = sum(s.change for s in self.sites) / len(self.sites)
             worst = max(self.sites, key=lambda s: s.rounding)
             lines.append(f"mean change of a weight ‖W'−W‖/‖W‖ {change:.2e}")
-            lines.append(f"lost to the stored dtype, worst site {worst.path}: {worst.rounding:.2e} of its change")
+            lines.append(f"lost to the stored numbers, worst site {worst.path}: {worst.rounding:.2e} of its change")
+        flipped = [s.flipped for s in self.sites if s.flipped is not None]
+        if flipped:
+            lines.append(f"4-bit codes that changed: {sum(flipped) / len(flipped):.2%}")
         if self.logit_difference is not None:
             lines.append(
                 f"logits on a probe batch: max |merged − wrapped| {self.logit_difference:.2e} "
                 f"(max |logit| {self.logit_scale:.1f})"
             )
+        if self.share is not None:
+            lines.append(
+                f"share of the adapter's effect that survives there: {self.share:.3f} "
+                f"(the effect is {self.effect:.1%} of the logits)"
+            )
         return "\n".join([*lines, *self.notes])
 
 
-def merge(model: Model, probe: Tensor | None = None) -> tuple[Model, MergeReport]:
+def merge(
+    model: Model,
+    to: str = "dense",
+    method: str = "best",
+    min_share: float | None = 0.5,
+    probe: Tokens | None = None,
+    calibration: Tokens | None = None,
+) -> tuple[Model, MergeReport]:
     """A new model without adapters that computes the same, and what merging cost; ``model`` is left as it is.
 
-    Each wrapped site becomes a module of its base's own kind (an NF4 base becomes a dense ``nn.Linear`` in the
-    model's dtype). ``probe`` (batch, seq) holds token ids to compare logits on; without it, keyed random ones.
-    Raises NotMergeable, naming the site, where a method is not a change of weight and bias.
+    ``dense``: each wrapped site becomes a module of its base's own kind (an NF4 base a dense ``nn.Linear`` in the
+    model's dtype): exact but for the rounding of that dtype, which in bf16 can be as large as the change. ``nf4``: the
+    layers that are NF4, or all linear ones but the head where none is, are NF4 again; other sites merge dense.
+    ``method`` is how: ``naive`` rounds the merged weight as quantising does, which loses a small adapter; ``best``
+    chooses the codes that keep the layers' outputs on ``calibration`` (see ``lowrank.adapters.requantise``).
+
+    The report's ``share`` is 1 − ‖merged − wrapped‖ / ‖wrapped − base‖ over all logits on ``probe``, 1 where the
+    adapters have no effect. ``probe`` and ``calibration`` are token ids, (rows, width) or rows of them. Without a
+    probe it is keyed random tokens, of which no trained adapter was made; without ``calibration`` it is the probe,
+    and the share is then measured on the very tokens that it was fitted to.
+
+    Raises RefusedError where the share is below ``min_share`` or, in NF4, cannot be measured (0 or None: merge all
+    the same); NotMergeable, naming the site, where a method is not a change of weight and bias; ConfigError where an
+    argument is none of the above.
     """
-    dtype = next((p.dtype for _, m in sites(model) for p in m.parameters(False) if p.is_floating_point()), None)
-    memo: dict[int, Any] = {}
-    rows = []
-    for path, module in adapted(model):
-        try:
-            memo[id(module)], row = merged_site(path, module, dtype or torch.float32)
-        except NotMergeable as error:
-            raise NotMergeable(f"{path}: {error}") from None
-        rows.append(row)
-    result = copy.deepcopy(model, memo)  # deepcopy takes what the memo already holds: the merged sites
-    result.requires_grad_(False)
-    notes = untie(result)
-    difference, scale = compare(model, result, probe)
-    return result, MergeReport(tuple(rows), difference, scale, notes)
+    refuse_unknown(to, method, min_share)
+    config = getattr(model, "config", None)
+    probe = random_tokens(config) if probe is None and config is not None else probe
+    asked = None if probe is None else table(probe)
+    fitted = asked if calibration is None else table(calibration)
+    result, rows, notes = requantised(model, method, fitted) if to == "nf4" else dense(model)
+    vars(result).pop(TRAINED, None)
+    notes += untie(result)
+    found = None if config is None or asked is None else kept(model, result, asked)
+    report = MergeReport(rows, *figures(found), notes)
+    refuse_lost(report, to, min_share)
+    return result, report
+
+
+def figures(found: Kept | None) -> tuple[float | None, float | None, float | None, float | None]:
+    return (None, None, None, None) if found is None else (found.share, found.effect, found.difference, found.scale)
 
 
 @torch.no_grad()
-def merged_site(path: str, module: Adapted, dtype: torch.dtype) -> tuple[nn.Module, MergedSite]:
-    base = module.base
-    bias = getattr(base, "bias", None)
-    before = dense_weight(base)  # (out, in)
-    exact = torch.promote_types(before.dtype, torch.float32)
-    wide = before.to(exact)
-    weight, new_bias = module.adapter.merged(wide, None if bias is None else bias.to(exact))
-    stored = dtype if isinstance(base, NF4Linear) else before.dtype
-    kept = weight.to(stored)
-    change = (weight - wide).norm()
-    row = MergedSite(
+def dense(model: Model) -> tuple[Model, tuple[MergedSite, ...], tuple[str, ...]]:
+    dtype, wrapped = model_dtype(model), dict(adapted(model))
+    made = {path: plain(path, site, dtype) for path, site in wrapped.items()}
+    return copied(model, made), tuple(row(path, wrapped[path], new) for path, new in made.items()), ()
+
+
+@torch.no_grad()
+def requantised(
+    model: Model, method: str, calibration: Tensor | None
+) -> tuple[Model, tuple[MergedSite, ...], tuple[str, ...]]:
+    """The model with its NF4 layers rounded anew, and its other sites dense."""
+    if method == "best" and calibration is None:
+        raise ConfigError("merge: method=best needs token ids to calibrate on (calibration=…); or choose method=naive.")
+    dtype, chosen, wrapped = model_dtype(model), places(model), dict(adapted(model))
+    wanted = {path: m for path, m in walk(model) if path in chosen and not isinstance(m, NF4Linear)}
+    quantised = {path: begun(path, module, dtype, method) for path, module in wanted.items()}
+    others = {path: plain(path, site, dtype) for path, site in wrapped.items() if path not in chosen}
+    made: dict[str, nn.Module] = {**quantised, **others}
+    result, shares = copied(model, made), dict[str, float]()
+    notes: tuple[str, ...] = ()
+    if method == "best" and calibration is not None:
+        shares = Calibration(model, result, wanted).run(calibration)
+        missed = wanted.keys() - shares.keys()
+        for path in missed:
+            quantised[path].fill(merged_parts(path, wanted[path])[0])
+        notes = (f"no calibration token reaches {len(missed)} layers: rounded naively",) if missed else ()
+    return result, tuple(row(path, site, made[path], shares.get(path)) for path, site in wrapped.items()), notes
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    floats = (p.dtype for _, m in sites(model) for p in m.parameters(False) if p.is_floating_point())
+    return next(floats, torch.float32)
+
+
+def plain(path: str, site: Adapted, dtype: torch.dtype) -> nn.Module:
+    """The merged layer of the base's own kind, in its dtype; an NF4 base's is an ``nn.Linear`` in ``dtype``."""
+    weight, bias = merged_parts(path, site)
+    base = site.base
+    stored = dtype if isinstance(base, NF4Linear) else dense_weight(base).dtype
+    weight, bias = weight.to(stored), None if bias is None else bias.to(stored)
+    if not isinstance(base, NF4Linear):
+        return like(base, weight, bias)
+    new = nn.Linear(base.in_features, base.out_features, bias=bias is not None, device="meta")
+    new.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    new.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone(), requires_grad=False))
+    return standing_for(base, new)
+
+
+def copied(model: Model, made: dict[str, nn.Module]) -> Model:
+    """A frozen copy of the model with the modules of ``made`` at their paths."""
+    here = dict(walk(model))
+    memo: dict[int, Any] = {id(here[path]): module for path, module in made.items()}
+    result = copy.deepcopy(model, memo)  # deepcopy takes what the memo already holds
+    result.requires_grad_(False)
+    return result
+
+
+def row(path: str, site: Adapted, new: nn.Module, share: float | None = None) -> MergedSite:
+    merged, _ = merged_parts(path, site)  # (out, in)
+    before, stored = weight_before(site).to(merged.dtype), dense_weight(new).to(merged.dtype)
+    change, lost = (merged - before).norm(), (stored - merged).norm()
+    flipped = None
+    if isinstance(site.original, NF4Linear) and isinstance(new, NF4Linear):
+        flipped = float((site.original.codes() != new.codes()).float().mean())
+    return MergedSite(
         path,
-        change=float(change / wide.norm().clamp_min(1e-30)),
-        rounding=float((kept.to(exact) - weight).norm() / change.clamp_min(1e-30)) if change > 0 else 0.0,
+        change=float(change / before.norm().clamp_min(1e-30)),
+        rounding=float(lost / change) if change > 0 else 0.0,
+        flipped=flipped,
+        share=share,
     )
-    return like(base, kept, new_bias), row
-
-
-def like(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A module of the base's own kind that holds ``weight`` (out, in) and ``bias``."""
-    if isinstance(base, NF4Linear):
-        new: nn.Module = nn.Linear(base.in_features, base.out_features, bias=bias is not None, device="meta")
-    else:
-        new = copy.copy(base)
-        for name, held in vars(base).items():  # a shallow copy shares them with the base: it gets its own
-            if name == "_parameters":
-                vars(new)[name] = dict(held)
-            elif name.endswith("_hooks"):
-                vars(new)[name] = type(held)()
-        vars(new).pop("forward", None)  # a faster one is bound to the base
-    values = weight.T if isinstance(base, (Conv1D, nn.Embedding)) else weight
-    new._parameters["weight"] = nn.Parameter(values.contiguous().clone(), requires_grad=False)
-    if bias is not None:
-        new._parameters["bias"] = nn.Parameter(bias.to(weight.dtype).clone(), requires_grad=False)
-    return new.train(base.training)
 
 
 def untie(result: Any) -> tuple[str, ...]:
@@ -125,26 +197,25 @@ def untie(result: Any) -> tuple[str, ...]:
     return ("the head and the embeddings shared one tensor and now differ: tie_word_embeddings is off",)
 
 
-@torch.no_grad()
-def compare(model: nn.Module, result: nn.Module, probe: Tensor | None) -> tuple[float | None, float | None]:
-    config = getattr(model, "config", None)
-    if config is None:
-        return None, None
-    if probe is None:
-        probe = torch.randint(0, config.get_text_config().vocab_size, (2, 16), generator=key(0, "merge probe"))
-    probe = probe.to(next(model.parameters()).device)
-    with evaluating(model), evaluating(result):
-        wrapped, merged = model(input_ids=probe).logits, result(input_ids=probe).logits
-    return float((merged - wrapped).abs().max()), float(wrapped.abs().max())
+def refuse_unknown(to: str, method: str, min_share: float | None) -> None:
+    for name, value, allowed in (("to", to, KINDS), ("method", method, METHODS)):
+        if value not in allowed:
+            hint = did_you_mean(str(value), allowed)
+            raise ConfigError(f"merge: {name}='{value}' is not allowed; {' or '.join(allowed)}.{hint}")
+    if min_share is not None and not min_share <= 1:
+        raise ConfigError(f"merge: min_share={min_share} is not allowed; a number up to 1, or None.")
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def refuse_lost(report: MergeReport, to: str, min_share: float | None) -> None:
+    """Unless ``min_share`` is 0 or None."""
+    anyway = "min_share=0 merges all the same"
+    if not min_share or (report.share is None and to == "dense"):
+        return
+    if report.share is None:
+        raise RefusedError(f"merge: how much of the training survives in nf4 cannot be measured here; {anyway}.")
+    if not report.share >= min_share:  # also where it is nan
+        other = "to=dense keeps it" if to == "nf4" else "a base in fp32 keeps it"
+        raise RefusedError(
+            f"merge: only a share of {report.share:.3f} of the adapter's effect would survive (min_share {min_share}); "
+            f"{other}, {anyway}."
+        )

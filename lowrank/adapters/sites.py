@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,9 @@ Pattern = str | type[nn.Module]
 # Patterns that stand for a kind of site; all-linear leaves the head out.
 KEYWORDS = {"all-linear": "linear", "embedding": "embedding", "blocks": "block", "backbone": "backbone"}
 
-WHERE = "adapter.targets"  # how the configuration calls a plan's patterns
+WHERE, EXCLUDE = "adapter.targets", "adapter.exclude"  # how the configuration calls a plan's patterns
+
+TRAINED = "trained_rows"  # the attribute that keeps a plan's rows of the base's own parameters on the model
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -46,6 +48,16 @@ def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     """Every wrapped site with its path in the bare model."""
     return ((path, module) for path, module in walk(model) if isinstance(module, Adapted))
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Sets the module at a bare path, through whatever is wrapped on the way there."""
+    parent: nn.Module = model
+    *parents, name = path.split(".")
+    for part in parents:
+        child = getattr(parent, part)
+        parent = child.base if isinstance(child, Adapted) else child
+    setattr(parent, name, module)
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -83,23 +95,43 @@ def kinds(model: nn.Module) -> dict[str, str]:
 
 
 def backbone(model: nn.Module) -> str | None:
-    """The path of the decoder without its head (``model``, ``transformer``); None where the model is bare of one."""
-    path = getattr(model, "base_model_prefix", "")
-    return path if path and isinstance(getattr(model, path, None), nn.Module) else None
+    """The path of the decoder without its head (``model``, ``transformer``, OPT's ``model.decoder``); None where the
+    model is bare of one."""
+    get = getattr(model, "get_decoder", None)
+    found = get() if get else None
+    found = found.base if isinstance(found, Adapted) else found
+    return next((path for path, module in sites(model) if path and module is found), None)
 
 
 def blocks(model: nn.Module) -> list[str]:
-    """The paths of the decoder's blocks in order: the first list of modules in the backbone (or the model)."""
-    trunk = backbone(model) or ""
-    for path, module in sites(model):
-        if isinstance(module, nn.ModuleList) and f"{path}.".startswith(f"{trunk}." if trunk else ""):
-            return [f"{path}.{name}" for name, _ in module.named_children()]
-    return []
+    """The paths of the decoder's blocks in order: the first list in the backbone (or the model) of what is no site, of
+    as many as the configuration says where one is (a vision tower's may stand before it)."""
+    trunk, known = backbone(model) or "", dict(sites(model))
+    lists = [
+        [f"{path}.{name}" for name, _ in module.named_children()]
+        for path, module in known.items()
+        if isinstance(module, nn.ModuleList) and f"{path}.".startswith(f"{trunk}." if trunk else "")
+    ]
+    lists = [found for found in lists if found and all(site_kind(known.get(one, model)) == "other" for one in found)]
+    config = getattr(model, "config", None)
+    deep = getattr(config.get_text_config(), "num_hidden_layers", None) if config is not None else None
+    return next((found for found in lists if len(found) == deep), lists[0] if lists else [])
 
 
-def in_layers(path: str, layers: frozenset[int], of: list[str]) -> bool:
-    """Whether a path lies in, or is, one of the blocks with these numbers."""
-    return any(path == of[n] or path.startswith(f"{of[n]}.") for n in layers)
+def in_layers(model: nn.Module, paths: list[str], pattern: str) -> list[str]:
+    """Those of the paths that lie in, or are, one of the blocks that a pattern is limited to; all where it is not.
+
+    Raises ConfigError where the model has no such block.
+    """
+    _, layers = layer_range(pattern)
+    if layers is None:
+        return paths
+    of = blocks(model)
+    if max(layers) >= len(of):
+        there = f"the layers are 0 to {len(of) - 1}" if of else "there is no list of blocks"
+        raise ConfigError(f"{WHERE}: '{pattern}': no layer {max(layers)} in {type(model).__name__}; {there}.")
+    chosen = {of[n] for n in layers}
+    return [path for path in paths if path in chosen or within(path, chosen)]
 
 
 def layer_range(pattern: str) -> tuple[str, frozenset[int] | None]:
@@ -109,7 +141,7 @@ def layer_range(pattern: str) -> tuple[str, frozenset[int] | None]:
         return pattern, None
     chosen: set[int] = set()
     for part in ranges.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip())
         if match is None:
             raise ConfigError(f"{WHERE}: '{pattern}': '{part}' is not a layer or a range of them, such as 3 or 0-7.")
         first, last = int(match[1]), int(match[2] or match[1])
@@ -117,6 +149,33 @@ def layer_range(pattern: str) -> tuple[str, frozenset[int] | None]:
             raise ConfigError(f"{WHERE}: '{pattern}': the range {part} is empty.")
         chosen |= set(range(first, last + 1))
     return name, frozenset(chosen)
+
+
+def place(path: str) -> tuple[str, int | None, str]:
+    """``model.layers.3.mlp.up_proj`` → what stands before the layer's number, the number, and what stands behind."""
+    found = re.fullmatch(r"(.*?)\.(\d+)(?:\.(.*))?", path)
+    return (found[1], int(found[2]), found[3] or "") if found else (path, None, "")
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """What each path is called whatever its layer: the shortest end of it that tells it from all others.
+
+    ``q_proj``; ``attn.c_proj`` where there is an ``mlp.c_proj`` too; ``blocks`` for the blocks themselves.
+    """
+    kinds_of = {path: (before, layer is not None, behind) for path in paths for before, layer, behind in [place(path)]}
+    ends = {kind: list(name_candidates(*kind)) for kind in kinds_of.values()}
+    shared = Counter(end for candidates in ends.values() for end in candidates)
+    names = {kind: next((end for end in found if shared[end] == 1), found[-1]) for kind, found in ends.items()}
+    return {path: names[kind] for path, kind in kinds_of.items()}
+
+
+def name_candidates(before: str, in_layer: bool, behind: str) -> Iterator[str]:
+    """Names for the sites at one place of every layer, the shortest first; the last names no other sites."""
+    parts = (behind if in_layer else before).split(".")
+    least = min(2 if parts[-1] in ("weight", "bias") else 1, len(parts))  # every layer has those two
+    yield from [".".join(parts[-n:]) for n in range(least, len(parts) + 1)] if parts != [""] else ["blocks"]
+    if in_layer:
+        yield f"{before}.*.{behind}".rstrip(".")
 
 
 def head(model: nn.Module) -> nn.Module | None:
@@ -131,19 +190,30 @@ def matched(model: nn.Module, pattern: Pattern) -> dict[str, nn.Module]:
     known = {path: module for path, module in sites(model) if path}
     if isinstance(pattern, type):
         return {path: module for path, module in known.items() if isinstance(module, pattern)}
-    pattern, layers = layer_range(pattern)
-    if pattern in KEYWORDS:
+    name, _ = layer_range(pattern)
+    if name in KEYWORDS:
         output, kind = head(model), kinds(model)
-        found = [path for path in known if kind[path] == KEYWORDS[pattern]]
-        found = [path for path in found if pattern != "all-linear" or known[path] is not output]
+        found = [path for path in known if kind[path] == KEYWORDS[name]]
+        found = [path for path in found if name != "all-linear" or known[path] is not output]
     else:
-        found = [path for path in known if matches(pattern, path)]
-    if layers is not None:
-        of = blocks(model)
-        if max(layers) >= len(of):
-            raise ConfigError(f"{WHERE}: '{pattern}': layer {max(layers)}: the model has {len(of)}, from 0.")
-        found = [path for path in found if in_layers(path, layers, of)]
-    return {path: known[path] for path in found}
+        found = [path for path in known if matches(name, path)]
+    return {path: known[path] for path in in_layers(model, found, pattern)}
+
+
+def matched_parameters(model: nn.Module, pattern: Pattern) -> list[str]:
+    """The base's own parameters that a pattern names, or that lie in a module that it names."""
+    own, modules = list(parameters(model)), matched(model, pattern)
+    named: list[str] = []
+    if isinstance(pattern, str):
+        name, _ = layer_range(pattern)
+        named = in_layers(model, [path for path in own if matches(name, path)], pattern)
+    return [path for path in own if path in named or within(path, modules)]
+
+
+def within(path: str, modules: Collection[str]) -> bool:
+    """Whether a path lies in one of the modules, at any depth."""
+    parts = path.split(".")
+    return any(".".join(parts[:n]) in modules for n in range(1, len(parts)))
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -166,18 +236,23 @@ def show(pattern: Pattern) -> str:
     return f"'{pattern}'" if isinstance(pattern, str) else pattern.__name__
 
 
-def suggestion(pattern: Pattern, paths: Mapping[str, Any]) -> str:
-    """`` Nearest: 'q_proj' (30 modules).`` among the last parts of the paths of what could have been meant."""
-    names = Counter(
-        path.rpartition(".")[2]
-        for path, found in paths.items()
-        if not isinstance(found, nn.Module) or site_kind(found) != "other"
-    )
-    wanted = pattern.rpartition(".")[2].strip("*") if isinstance(pattern, str) else pattern.__name__
-    close = nearest(wanted, names)
-    if close is None:
-        return f" There are: {', '.join(sorted(names))}."
-    return f" Nearest: '{close}' ({names[close]} {'module' if names[close] == 1 else 'modules'})."
+def suggestion(pattern: Pattern, *known: Mapping[str, Any]) -> str:
+    """`` Nearest: 'q_proj' (30 modules).`` among the last parts of the paths of what could have been meant: of the
+    first of ``known`` that has one near."""
+    wanted = show(pattern).strip("'").partition("@")[0].rpartition(".")[2].strip("*")
+    for paths in known:
+        names = ends(paths)
+        if close := nearest(wanted, names):
+            what = "parameter" if isinstance(next(iter(paths.values())), nn.Parameter) else "module"
+            return f" Nearest: '{close}' ({names[close]} {what}{'s' if names[close] > 1 else ''})."
+    return f" There are: {', '.join(sorted(ends(known[0])))}."
+
+
+def ends(paths: Mapping[str, Any]) -> Counter[str]:
+    """How often each name is the last part of a path; of modules of those alone that are sites by themselves."""
+    meant = (path for path, one in paths.items() if not isinstance(one, nn.Module) or site_kind(one) != "other")
+    last = (path.rpartition(".")[2] for path in meant)
+    return Counter(name for name in last if not name.isdigit())  # a layer's number is no name
 
 
 def count(model: nn.Module) -> int:

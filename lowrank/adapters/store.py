@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from lowrank.adapters.bank import which
 from lowrank.adapters.inject import adapter_state, apply, current_plan, fill
 from lowrank.adapters.plan import InjectionPlan, class_and_options, resolve
+from lowrank.adapters.rank import on_original_base
 from lowrank.errors import ConfigError, RefusedError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -22,20 +25,27 @@ Model = TypeVar("Model", bound=nn.Module)
 TENSORS, PLAN = "adapter.safetensors", "adapter.json"
 
 
-def save_adapter(model: nn.Module, folder: str | Path, **about: Any) -> Path:
+def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None, **about: Any) -> Path:
     """Writes what trains in ``model`` to ``folder`` (made where it is missing); ``about`` goes into the JSON.
 
-    Both files carry the hash of the values, so that a crash between the two can leave no mix that would load.
+    Of several adapters on the model one is written, ``name``, as it would be if it stood there alone. Raises
+    ConfigError where there is none of that name, or no name and several.
+    """
+    name = which(model, name)
+    return write(folder, current_plan(model, name), adapter_state(model, name), about)
+
+
+def write(folder: str | Path, plan: InjectionPlan, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Path:
+    """The two files of an adapter's folder.
+
+    Both carry the hash of the values, so that a crash between the two can leave no mix that would load.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in adapter_state(model).items()}
-    pair = hashlib.sha256(save(tensors)).hexdigest()
-    plan = {"format": 1, **about, "pair": pair, "plan": current_plan(model).to_dict()}
-    contents = {
-        TENSORS: save(tensors, metadata={"format": "pt", "pair": pair}),
-        PLAN: json.dumps(plan, indent=1, ensure_ascii=False).encode(),
-    }
+    held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    pair = hashlib.sha256(save(held)).hexdigest()
+    text = json.dumps({"format": 1, **about, "pair": pair, "plan": plan.to_dict()}, indent=1, ensure_ascii=False)
+    contents = {TENSORS: save(held, metadata={"format": "pt", "pair": pair}), PLAN: text.encode()}
     for name, content in contents.items():
         staged(folder, name).write_bytes(content)
     for name in contents:
@@ -48,18 +58,23 @@ def staged(folder: Path, name: str) -> Path:
 
 
 def load_adapter(model: Model, folder: str | Path, name: str | None = None) -> Model:
-    """Puts the adapter of ``folder`` on a bare ``model``, in place; returns it. ``name`` is for several at once.
+    """Puts the adapter of ``folder`` on a bare ``model``, in place; returns it.
+
+    With a ``name`` it stands beside others that have one, and is one of those that ``lowrank.use`` switches: the
+    first is in use at once, a later one changes nothing before it is used, and an adapter that was there without a
+    name is "default" from then on. One whose start changed the base (PiSSA) is put there as the LoRA of twice the
+    rank that does the same to the base as it was.
 
     Raises RefusedError, with the model unchanged, where a file is missing or damaged, and ConfigError where
-    the model is not the one that the plan was made for.
+    the model is not the one that the plan was made for, or the name is taken.
     """
-    if name not in (None, "default"):
-        raise ConfigError(f"load_adapter: name='{name}': one adapter on a model, named 'default'.")
     folder = Path(folder)
     about, tensors = read(folder)
     plan = read_plan(folder / PLAN, about)
     try:
-        return apply(model, plan, state=tensors)
+        if name is not None:
+            plan, tensors = on_original_base(plan, tensors)
+        return apply(model, plan, state=tensors, name=name)
     except ValueError as error:  # an option out of range
         raise RefusedError(f"{folder / PLAN}: {error}") from error
     except RefusedError as error:

@@ -7,10 +7,11 @@ are keyed, so neither the batch size, nor other prompts, nor what was drawn befo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -43,10 +44,11 @@ def generate(
     A text ends before the first end token (the tokenizer's, the model's, or one of ``stop``) or after
     ``max_new_tokens``. Greedy unless ``do_sample``. Only these arguments count: penalties and sampling
     settings that the model's own generation_config brings are left out. The model's training flags and
-    torch's generators are as before. ConfigError where a prompt leaves no room for the new tokens.
+    torch's generators are as before. Under ``lowrank.use`` with a list each name is a prompt's. ConfigError where a
+    prompt leaves no room for the new tokens.
     """
     starts = [list(prompt) or [_start(tokenizer)] for prompt in prompts]
-    _check_room(model, starts, max_new_tokens)
+    check_room(model, starts, max_new_tokens)
     ends = _end_tokens(model, tokenizer, stop)
     draws = num_return_sequences if do_sample else 1
     jobs = [(row, draw) for row in range(len(starts)) for draw in range(draws)]
@@ -57,10 +59,17 @@ def generate(
         for start in range(0, len(jobs), batch):
             part = jobs[start : start + batch]
             sampler = _Sampler(part, seed, max_new_tokens, temperature, top_p) if do_sample else None
-            new = _continue(model, [starts[row] for row, _ in part], settings, sampler)
+            with _rows_of(model, [row for row, _ in part], len(starts)):
+                new = _continue(model, [starts[row] for row, _ in part], settings, sampler)
             for job, tokens in zip(part, new, strict=True):
                 texts[job] = tokenizer.decode(_until(tokens, ends), skip_special_tokens=True)
     return [[texts[row, draw % draws] for draw in range(num_return_sequences)] for row in range(len(starts))]
+
+
+def _rows_of(model: PreTrainedModel, rows: list[int], of: int) -> AbstractContextManager[None]:
+    """Tells a model that sends each prompt through an adapter of its own which of the prompts a batch is made of."""
+    select = getattr(model, "select_rows", None)
+    return nullcontext() if select is None else select(rows, of)
 
 
 def _continue(
@@ -147,14 +156,26 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def _check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, prompts), default=0)
+def check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raises ConfigError where a prompt and its new tokens are more than the model has positions for."""
+    positions, longest = room(model), max(map(len, prompts), default=0)
     if positions is not None and longest + max_new_tokens > positions:
         raise ConfigError(
             f"eval.generate.max_new_tokens: {max_new_tokens} after a prompt of {longest:,} tokens exceeds the "
             f"model's {positions:,} positions. Lower it, or shorten the prompts (data.max_length)."
         )
+
+
+def room(model: nn.Module) -> int | None:
+    """Positions that a text has: the model's without those that an adapter's own rows take; None without a limit."""
+    config: Any = model.config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if positions is None else positions - taken(model)
+
+
+def taken(model: nn.Module) -> int:
+    """Positions that an adapter's own rows take before every text."""
+    return max(getattr(module, "virtual_tokens", 0) for module in model.modules())
 
 
 @contextmanager

@@ -3,13 +3,15 @@
 Packed documents stand end to end in one row and their boundaries travel as the forward keyword ``cu_seqlens``
 (documents + 1,), cumulative lengths from 0. transformers hands unknown keywords down to the attention function, so
 every architecture that looks its attention up in ``AttentionInterface`` is served by the one function below.
-Without ``cu_seqlens`` (padded batches, generation) it is transformers' own SDPA.
+Without ``cu_seqlens`` (padded batches, generation) it is transformers' own SDPA. The keyword ``prefix_kv`` holds, by
+layer, keys and values that come before those of every document and of every row, in each token's sight whatever the
+mask or a sliding window hides; a cache never holds them.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,49 +20,90 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from lowrank.errors import ConfigError
+
 NAME = "lowrank"
+
+
+class PrefixLayers(Protocol):
+    def __getitem__(self, layer: int, /) -> Tensor:
+        """(2, kv heads, k, head width): keys, then values."""
 
 
 def attention(
     module: nn.Module,
-    query: Tensor,  # (1, heads, tokens, head width)
-    key: Tensor,  # (1, kv heads, tokens, head width)
-    value: Tensor,  # (1, kv heads, tokens, head width)
+    query: Tensor,  # (batch, heads, tokens, head width)
+    key: Tensor,  # (batch, kv heads, keys, head width)
+    value: Tensor,  # (batch, kv heads, keys, head width)
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None = None,
+    prefix_kv: PrefixLayers | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature; returns (1, tokens, heads, head width) and no weights."""
+    """transformers' attention signature; returns (batch, tokens, heads, head width) and no weights."""
+    prefix = None if prefix_kv is None else prefix_of(module, prefix_kv, key)
     if cu_seqlens is None:
+        if prefix is not None:
+            refuse_what_is_not_plain(kwargs)
+            key, value, attention_mask = behind(prefix, query.shape[2], key, value, attention_mask)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     refuse_what_is_not_plain(kwargs)
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     edges = cu_seqlens.tolist()
     documents = [
-        document_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], window, kwargs)
+        document_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], window, kwargs, prefix)
         for a, b in pairwise(edges)
     ]
     return torch.cat(documents, dim=1), None  # (1, tokens, heads, head width)
 
 
-def document_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, kwargs: dict[str, Any]) -> Tensor:
+def document_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, kwargs: dict[str, Any], prefix: Tensor | None = None
+) -> Tensor:
     """Causal attention within one document; with a sliding window, over the last ``window`` tokens."""
     length = q.shape[2]
     mask = None
     if window is not None and length > window:
         distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
         mask = (distance >= 0) & (distance < window)  # (query, key)
+    if prefix is not None:
+        k, v, mask = behind(prefix, length, k, v, mask)
     out = F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
-        is_causal=mask is None,
+        is_causal=mask is None and prefix is None,
         dropout_p=kwargs.get("dropout") or 0.0,
         scale=kwargs.get("scaling"),
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2)  # (1, length, heads, head width)
+
+
+def prefix_of(module: Any, prefix_kv: PrefixLayers, key: Tensor) -> Tensor:
+    """(2, kv heads, k, head width): a layer's own part of the prefix, in its keys' dtype."""
+    prefix = prefix_kv[module.layer_idx]
+    if prefix.shape[1] != key.shape[1] or prefix.shape[3] != key.shape[3]:
+        raise ConfigError(
+            f"adapter: layer {module.layer_idx} keeps {key.shape[1]} heads of {key.shape[3]}, the prefix is of "
+            f"{prefix.shape[1]} of {prefix.shape[3]}: Prefix needs keys and values of one shape in every layer."
+        )
+    return prefix.to(key.dtype)
+
+
+def behind(
+    prefix: Tensor, tokens: int, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask (…, tokens, keys) with the prefix before them; without a mask they are causal."""
+    if mask is None and tokens > 1:
+        key, value = key[:, :, :tokens], value[:, :, :tokens]  # a static cache's further entries are empty yet
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).tril()
+        mask = mask[None, None]  # (1, 1, tokens, keys)
+    if mask is not None:
+        mask = F.pad(mask, (prefix.shape[2], 0), value=1 if mask.dtype == torch.bool else 0)  # in sight
+    first, second = prefix[:, None].expand(-1, key.shape[0], -1, -1, -1)  # (batch, kv heads, k, head width)
+    return torch.cat([first, key], dim=2), torch.cat([second, value], dim=2), mask
 
 
 class NotPackable(ValueError):

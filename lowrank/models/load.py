@@ -58,12 +58,18 @@ def config(model: Model) -> PretrainedConfig:
     path = folder(model)
     try:
         with quiet():
-            return AutoConfig.from_pretrained(path, **LOCAL)
+            found = AutoConfig.from_pretrained(path, **LOCAL)
     except (OSError, ValueError) as error:  # not JSON, an unknown architecture, or code of its own
         reason = _first_line(error)
         if "trust_remote_code" in str(error):
             reason = "the model needs code from its repository, which is never run here."
         raise _refusal(model, f"cannot use {path / 'config.json'}: {reason}") from error
+    quantised = getattr(found, "quantization_config", None)
+    if quantised:
+        how = quantised.get("quant_method", "quantised") if isinstance(quantised, dict) else "quantised"
+        text = f"the weights in {path} are quantised already ({how}), which a base here is not read from."
+        raise _refusal(model, f"{text} Name the model that they were made of, and quant=nf4.")
+    return found
 
 
 def skeleton(model: Model, dtype: torch.dtype = torch.float32) -> nn.Module:

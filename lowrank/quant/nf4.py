@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # weights to a scale
 NESTED_BLOCK = 256  # scales to a scale of scales
-STATE = ("packed", "absmax", "nested", "bias")
+WEIGHT = ("packed", "absmax", "nested")
+STATE = (*WEIGHT, "bias")
 
 
 @cache
@@ -98,10 +99,47 @@ class NF4Linear(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out, in) in ``dtype`` (fp32 unless given)."""
         wanted = dtype or torch.float32
+        if self.packed.is_meta:  # a plan is made over layers without values
+            return torch.empty(self.out_features, self.in_features, dtype=wanted, device="meta")
         # bitsandbytes knows fp32, bf16 and fp16: a wider type is widened from its fp32 values
         native = wanted if wanted in (torch.bfloat16, torch.float16) else torch.float32
         flat = bnb().dequantize_4bit(self.packed.view(-1, 1), self.quant_state(native))
         return flat.view(self.out_features, self.in_features).to(wanted)
+
+    def codes(self) -> Tensor:
+        """The number of each weight's level, (out, in) uint8 in 0 … 15."""
+        pairs = torch.stack([self.packed >> 4, self.packed & 15], dim=1)  # (bytes, 2): the high half comes first
+        return pairs.view(-1)[: self.out_features * self.in_features].view(self.out_features, self.in_features)
+
+    def scales(self) -> Tensor:
+        """The scale of each weight's block, (out, in) fp32: a weight is its level times its scale, to the bit."""
+        state = self.quant_state(torch.float32)
+        absmax = state.absmax  # (blocks,)
+        if state.state2 is not None:
+            absmax = bnb().dequantize_blockwise(absmax, state.state2) + state.offset
+        size = self.out_features * self.in_features
+        return absmax.repeat_interleave(BLOCK)[:size].view(self.out_features, self.in_features)
+
+    def recode(self, codes: Tensor) -> NF4Linear:
+        """Takes these codes (out, in), in 0 … 15, under the scales that are here; in place."""
+        flat = F.pad(codes.reshape(-1).to(torch.uint8), (0, codes.numel() % 2))
+        self.packed.data.copy_((flat[::2] << 4) | flat[1::2])
+        return self
+
+    def adopt(self, other: NF4Linear) -> NF4Linear:
+        """Takes the weight of a layer of the same sizes, scales and codes; in place."""
+        for name in WEIGHT:
+            held = getattr(other, name)
+            setattr(self, name, None if held is None else frozen(held.detach().clone()))
+        return self
+
+    def twin(self, bias: Tensor | None) -> NF4Linear:
+        """A layer of the same weight, with ``bias``, that shares no tensor with this one."""
+        layer = NF4Linear(
+            self.in_features, self.out_features, double=self.double_quantized, compute_dtype=self.compute_dtype
+        )
+        layer.bias = None if bias is None else frozen(bias.detach().clone())
+        return layer.adopt(self).train(self.training)
 
     def quant_state(self, dtype: torch.dtype) -> Any:
         """bitsandbytes' view of the bytes held here, built at each use: no state hides in a Python object."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from lowrank.report import svg
+from lowrank.report import learnt, ranks, svg
 from lowrank.report.curves import Series, smooth, smoothing
 from lowrank.report.figures import evaluation, mapping, number
 from lowrank.report.recorded import Recorded
@@ -22,6 +22,8 @@ class Charts:
     wide: Markup | None
     narrow: Markup | None
     small: list[Markup]
+    ranks: list[Markup]  # over time and the last; only where ranks moved
+    learnt: list[Markup]  # what the adapters did to the weights
     smoothing: str  # the standard deviation of the smoothed curves, in steps
 
 
@@ -37,8 +39,18 @@ def draw(run: Recorded, config: dict[str, Any]) -> Charts:
         wide=_loss_chart(loss, 1072, 400) if loss else None,
         narrow=_loss_chart(loss, 380, 330) if loss else None,
         small=[_small_chart(series, title) for title, series in small if series],
+        ranks=_ranks(run),
+        learnt=[Markup(drawn) for drawn in learnt.draw(learnt.sites_of(run.spectra))],
         smoothing=f"{smoothing(len(run.steps)):.2g}" if len(run.steps) > 2 else "",
     )
+
+
+def _ranks(run: Recorded) -> list[Markup]:
+    found = ranks.ranks_of(run.ranks)
+    if found is None:
+        return []
+    last = number(run.summary.get("steps")) or 0.0
+    return [Markup(ranks.over_time(found, last)), Markup(ranks.final(found))]
 
 
 def _loss_chart(series: Sequence[Series], width: int, height: int) -> Markup:

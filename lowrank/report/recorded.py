@@ -22,6 +22,8 @@ class Recorded:
     samples: list[dict[str, Any]]
     texts: dict[str, str]  # of TEXTS, those that are there
     unread: list[str]  # sentences about what could not be read
+    ranks: list[dict[str, Any]]  # the rows of a method whose ranks move, as they were written
+    spectra: dict[str, Any]  # spectra.json
 
     def column(self, name: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one field of the step rows; a value that is there but not finite is nan."""
@@ -36,9 +38,12 @@ def read(folder: Path) -> Recorded:
     rows = _lines(folder / "metrics.jsonl", unread)
     steps = _by_step(row for row in rows if row.get("event") == "step")
     evals = _by_step(row for row in rows if row.get("event") == "eval")
+    ranks = [row for row in rows if row.get("event") == "ranks"]
     texts = {name: clean(text) for name in TEXTS if (text := _text(folder / name))}
-    summary = _completed(_summary(folder / "summary.json", unread), steps, evals)
-    return Recorded(folder, summary, steps, evals, _lines(folder / "samples.jsonl", unread), texts, unread)
+    summary = _completed(_mapping(folder / "summary.json", unread), steps, evals)
+    spectra = _mapping(folder / "spectra.json", unread)
+    samples = _lines(folder / "samples.jsonl", unread)
+    return Recorded(folder, summary, steps, evals, samples, texts, unread, ranks, spectra)
 
 
 def _text(path: Path) -> str:
@@ -56,11 +61,11 @@ def _json(text: str) -> Any:
         return None
 
 
-def _summary(path: Path, unread: list[str]) -> dict[str, Any]:
+def _mapping(path: Path, unread: list[str]) -> dict[str, Any]:
     text = _text(path)
     found = _json(text)
     if text and not isinstance(found, dict):
-        unread.append("summary.json could not be read.")
+        unread.append(f"{path.name} could not be read.")
     return mapping(found)
 
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lowrank.disk import write_text
 from lowrank.errors import RefusedError
-from lowrank.report import charts, figures
+from lowrank.report import charts, figures, learnt
 from lowrank.report.recorded import Recorded, read
 
 OPEN = 3  # samples shown at once; the others are folded
@@ -69,6 +69,7 @@ def page(run: Recorded) -> str:
         cards=_cards(run),
         charts=charts.draw(run, config),
         changes=figures.changes(run.summary),
+        learnt=learnt.notes_of(run.spectra),
         before=_when(run, "before"),
         after=_when(run, "after"),
         notes=_notes(run),

@@ -90,19 +90,19 @@ def chart(
     frame, y_ticks = _frame(series, width, top, height - (42 if x_label else 26), y_floor)
     middle = (frame.left + frame.right) / 2
     parts = [
-        _ground(width, height, theme),
-        _text(16, 25, title, theme.ink, 'font-size="14" font-weight="600"'),
+        ground(width, height, theme),
+        text(16, 25, title, theme.ink, 'font-size="14" font-weight="600"'),
         legend,
-        _text(16, top - 12, y_label, theme.muted),
+        text(16, top - 12, y_label, theme.muted),
         _grid(frame, y_ticks, theme),
         _x_axis(frame, series, theme),
-        _text(middle, height - 8, x_label, theme.muted, 'text-anchor="middle"'),
+        text(middle, height - 8, x_label, theme.muted, 'text-anchor="middle"'),
         *(_marks(one, frame, _hue(one, place, theme), theme) for place, one in enumerate(series)),
         _columns(series, frame, x_label or "x"),
     ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" role="img" aria-label="{_safe(title or y_label)}" font-family="{FONT}" '
+        f'height="{height}" role="img" aria-label="{safe(title or y_label)}" font-family="{FONT}" '
         f'font-size="12">\n' + "\n".join(part for part in parts if part) + "\n</svg>\n"
     )
 
@@ -125,15 +125,15 @@ def _hue(one: Series, place: int, theme: Theme) -> str:
     return theme.hues[(place if one.hue is None else one.hue) % len(theme.hues)]
 
 
-def _safe(text: object) -> str:
+def safe(text: object) -> str:
     return escape(clean(text), quote=True)
 
 
-def _text(x: float, y: float, text: str, fill: str, more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}" {more}>{_safe(text)}</text>' if text else ""
+def text(x: float, y: float, what: str, fill: str, more: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}" {more}>{safe(what)}</text>' if what else ""
 
 
-def _ground(width: int, height: int, theme: Theme) -> str:
+def ground(width: int, height: int, theme: Theme) -> str:
     style = "<style>.lr-column{fill:transparent}.lr-column:hover{fill:currentColor;fill-opacity:.1}</style>"
     if theme.border is None:
         return style
@@ -157,7 +157,7 @@ def _legend(series: Sequence[Series], title: str, width: int, theme: Theme) -> t
         swatch = Frame(x, x + 18, y - 9, y + 1, (0, 0), (1, 1))
         sample = Series("", xs, [0.5] * len(xs), one.style)
         parts.append(_marks(sample, swatch, _hue(one, place, theme), theme))
-        parts.append(_text(x + 24, y, one.name, theme.muted))
+        parts.append(text(x + 24, y, one.name, theme.muted))
         x += wide
     return "".join(parts), y if named or title else 8.0
 
@@ -168,7 +168,7 @@ def _grid(frame: Frame, values: list[float], theme: Theme) -> str:
     for value, label in zip(values, labels(values), strict=True):
         y = frame.y(value)
         parts.append(f'<line {ends} y1="{y:.1f}" y2="{y:.1f}" stroke="{theme.grid}"/>')
-        parts.append(_text(frame.left - 8, y + 4, label, theme.muted, 'text-anchor="end"'))
+        parts.append(text(frame.left - 8, y + 4, label, theme.muted, 'text-anchor="end"'))
     return "".join(parts)
 
 
@@ -181,7 +181,7 @@ def _x_axis(frame: Frame, series: Sequence[Series], theme: Theme) -> str:
     )
     texts = zip(values, labels(values), strict=True)
     return line + "".join(
-        _text(frame.x(value), frame.bottom + 18, label, theme.muted, 'text-anchor="middle"') for value, label in texts
+        text(frame.x(value), frame.bottom + 18, label, theme.muted, 'text-anchor="middle"') for value, label in texts
     )
 
 
@@ -236,7 +236,7 @@ def _columns(series: Sequence[Series], frame: Frame, x_label: str) -> str:
     edges = [frame.left, *(frame.x((a + b) / 2) for a, b in pairwise(places)), frame.right]
     return "".join(
         f'<rect class="lr-column" x="{left:.1f}" y="{frame.top:.1f}" width="{right - left:.1f}" '
-        f'height="{frame.bottom - frame.top:.1f}"><title>{_safe(f"{x_label} {short(x)}")}\n'
-        f"{_safe(chr(10).join(values[x]))}</title></rect>"
+        f'height="{frame.bottom - frame.top:.1f}"><title>{safe(f"{x_label} {short(x)}")}\n'
+        f"{safe(chr(10).join(values[x]))}</title></rect>"
         for x, left, right in zip(places, edges, edges[1:], strict=False)
     )

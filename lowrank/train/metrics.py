@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,22 @@ class Metrics(Hook):
 
     def close(self) -> None:
         self.file.close()
+
+
+class MethodEvents(Hook):
+    """Writes what a method's hook tells of a step: ``event(step)``, where it has one, gives a row or None.
+
+    A row is a function of the run alone, so that a resumed one writes again what its cut took away.
+    """
+
+    def __init__(self, methods: Sequence[Any], metrics: Metrics) -> None:
+        self.methods, self.metrics = methods, metrics
+
+    def after_step(self, record: StepRecord) -> None:
+        for method in self.methods:
+            told = method.event(record.step) if hasattr(method, "event") else None
+            if told is not None:
+                self.metrics.write({"event": told["event"], "step": record.step, **told})
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -17,10 +17,10 @@ def groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer: the first rule whose ``match`` glob fits a name decides for it.
 
-    ``[{match: "*.B", lr: 3e-3}]`` is LoRA+ (arXiv 2402.12354). What a rule leaves out, and names that no rule
-    fits, take ``lr`` and ``weight_decay``. Weight decay is 0 for vectors and scalars (norms, biases, scales)
-    unless a rule sets it. Each group carries ``peak_lr`` and the ``names`` of its parameters. Raises ConfigError
-    where a rule decides for no parameter.
+    ``[{match: "*.B", lr_ratio: 16}]``, 16 times ``lr`` for B, is LoRA+ (arXiv 2402.12354). What a rule leaves out,
+    and names that no rule fits, take ``lr`` and ``weight_decay``. Weight decay is 0 for vectors and scalars (norms,
+    biases, scales) unless a rule sets it. Each group carries ``peak_lr`` and the ``names`` of its parameters. Raises
+    ConfigError where a rule decides for no parameter.
     """
     made: dict[tuple[float, float], dict[str, Any]] = {}
     used: set[int] = set()
@@ -29,7 +29,7 @@ def groups(
         rule = {} if index is None else rules[index]
         used |= set() if index is None else {index}
         decay = rule.get("weight_decay", weight_decay if parameter.ndim > 1 else 0.0)
-        rate = rule.get("lr", lr)
+        rate = rule.get("lr", lr * rule.get("lr_ratio", 1))
         group = made.setdefault(
             (rate, decay), {"params": [], "names": [], "lr": rate, "peak_lr": rate, "weight_decay": decay}
         )

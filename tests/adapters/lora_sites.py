@@ -88,3 +88,17 @@ def check_against_equation(wrapped: Adapted, x: Tensor, kept: Tensor | float = 1
         assert one.shape == other.shape
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=0, atol=bound * float(other.detach().abs().max()))
+
+
+def saved_storages(call: Callable[[], Any]) -> dict[int, Tensor]:
+    """What autograd keeps for backward during ``call``, by storage."""
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = call()
+    del kept
+    return saved

@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from lora_sites import BASES, IN, OUT, KeepsItsOutput, R, bias_of, wrap, x_of
+from lora_sites import BASES, IN, OUT, KeepsItsOutput, R, bias_of, saved_storages, wrap, x_of
 from torch import Tensor, nn
-
-
-def saved_storages(call: Callable[[], Any]) -> dict[int, Tensor]:
-    """What autograd keeps for backward during ``call``, by storage."""
-    saved: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = call()
-    del kept
-    return saved
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -43,6 +26,14 @@ def test_three_sites_that_read_one_input_keep_it_once(kind: str, precision: torc
     wide = [t for t in activations if t.numel() > 50 * R and t.shape != (OUT, IN) and t.shape != (IN, OUT)]
     assert [t.data_ptr() for t in wide] == [x.data_ptr()]
     assert sum(t.numel() for t in activations if t.numel() == 50 * R) == 3 * 50 * R
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4"])
+def test_with_a_frozen_nothing_of_the_inputs_width_is_kept(kind: str) -> None:
+    site, x = wrap(BASES[kind]().requires_grad_(False), freeze_a=True, dropout=0.3).train(), x_of(50, IN)
+    saved = saved_storages(lambda: site(x.float()))
+    weights = {p.untyped_storage().data_ptr() for p in site.parameters()}
+    assert [t.shape for pointer, t in saved.items() if pointer not in weights and t.numel() >= 50] == [(50, R)]
 
 
 def test_a_base_that_others_watch_is_not_written_in_place() -> None:

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from both_ways import QUIET
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -20,11 +21,7 @@ from lowrank.errors import ConfigError
 from lowrank.export.peft import export_peft, import_peft
 from lowrank.quant.convert import quantize
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft asks for it
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
-]
+pytestmark = QUIET
 
 SITES = {
     "one rank": ("llama", {"q_proj": {"r": 4}, "v_proj": {"r": 4}}),
@@ -156,6 +153,9 @@ def test_a_write_that_fails_leaves_the_older_folder_as_it_was(tmp_path, make_bas
 class Doubled(LoRA):
     """Not LoRA's equation any more."""
 
+    def forward(self, base: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(base, x)
+
 
 class Scale(Adapter):
     def __init__(self, base: nn.Module, *, generator: torch.Generator) -> None:
@@ -172,7 +172,7 @@ class Scale(Adapter):
         ({"*": Full}, "carries Full"),
         ({"q_proj": LoRA, "*norm.weight": Full}, "norm.weight carries Full"),
         ({"q_proj": LoRA, "v_proj": Scale}, "v_proj carries Scale"),
-        ({"q_proj": Doubled}, "q_proj carries Doubled"),
+        ({"q_proj": Doubled}, r"q_proj carries Doubled, which does not compute what its factors\(\) say"),
     ],
 )
 def test_what_peft_s_format_does_not_hold_is_refused_before_anything_is_written(rules, named, tmp_path, make_base):

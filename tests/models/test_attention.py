@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from lowrank.errors import ConfigError
 from lowrank.models import attention
 from lowrank.models.attention import NotPackable, cannot_pack, install
 
@@ -169,14 +170,22 @@ def test_generation_with_a_cache_is_unchanged(model: Any) -> None:
     assert torch.equal(model.generate(prompt, attention_mask=torch.ones_like(prompt), **options), before)
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, edges: list[int], scale: float, window: int | None) -> Tensor:
-    """softmax(q kᵀ · scale) v with one (tokens, tokens) mask, written out: (1, tokens, heads, width)."""
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, edges: list[int], scale: float, window: int | None, prefix: Tensor | None = None
+) -> Tensor:
+    """softmax(q [P_K; K]ᵀ · scale) [P_V; V] with one mask over all documents, written out: (1, tokens, heads, width).
+
+    ``prefix`` (2, kv heads, k, width) is in sight of every token; without one there are no P_K and P_V.
+    """
     tokens = q.shape[2]
     document = torch.bucketize(torch.arange(tokens), torch.tensor(edges[1:-1]), right=True)
     distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
     allowed = (document[:, None] == document) & (distance >= 0)
     if window is not None:
         allowed &= distance < window
+    if prefix is not None:
+        allowed = torch.cat([torch.ones(tokens, prefix.shape[2], dtype=torch.bool), allowed], dim=1)
+        k, v = torch.cat([prefix[:1], k], dim=2), torch.cat([prefix[1:], v], dim=2)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     scores = (q @ k.mT * scale).masked_fill(~allowed, float("-inf"))
     return (scores.softmax(-1) @ v).transpose(1, 2)
@@ -200,6 +209,42 @@ def test_the_function_is_masked_softmax_attention_with_its_gradients(kv_heads: i
     grad = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
     for one, other in zip(*(torch.autograd.grad(y, [q, k, v], grad) for y in (found, wanted)), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 50])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("edges", [[0, 5, 6, 17], [0, 17], None])
+def test_a_prefix_stands_before_every_document_and_every_row(
+    kv_heads: int, window: int | None, edges: list[int] | None
+) -> None:
+    """Packed, one document, and a row (whose window transformers writes into the mask), with gradients."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, prefix = (
+        torch.randn(batch, heads, n, 8, generator=generator, dtype=torch.float64).requires_grad_()
+        for batch, heads, n in ((1, 4, 17), (1, kv_heads, 17), (1, kv_heads, 17), (2, kv_heads, 3))
+    )
+    module: Any = nn.Module()
+    module.layer_idx, module.num_key_value_groups, mask = 1, 4 // kv_heads, None
+    if edges is None and window is not None:
+        distance = torch.arange(17)[:, None] - torch.arange(17)
+        mask = ((distance >= 0) & (distance < window))[None, None]
+    boundaries = None if edges is None else torch.tensor(edges)
+    found, _ = attention.attention(
+        module, q, k, v, mask, boundaries, {1: prefix}, scaling=0.3, sliding_window=edges and window
+    )
+    wanted = plain(q, k, v, edges or [0, 17], 0.3, window, prefix)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    grad = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
+    inputs = [q, k, v, prefix]
+    for one, other in zip(*(torch.autograd.grad(y, inputs, grad) for y in (found, wanted)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_prefix_of_another_shape_than_the_keys_is_refused() -> None:
+    q, module = torch.randn(1, 4, 5, 8), nn.Module()
+    module.layer_idx = 0  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="layer 0 keeps 4 heads of 8, the prefix is of 2 of 8"):
+        attention.attention(module, q, q, q, None, None, {0: torch.randn(2, 2, 3, 8)})
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
-from lowrank.train.hooks import StepRecord
-from lowrank.train.metrics import Metrics, read
+from lowrank.train.hooks import Hook, StepRecord
+from lowrank.train.metrics import MethodEvents, Metrics, read
 
 
 def record(step: int, loss: float = 1.5) -> StepRecord:
@@ -61,6 +62,25 @@ def test_cutting_back_to_a_checkpoints_place_neither_repeats_nor_drops_a_row(tmp
     again.after_step(record(2))
     again.close()
     assert [(row["step"], row["loss"]) for row in read(path)] == [(1, 1.5), (2, 1.5)]
+
+
+class TellsEverySecondStep(Hook):
+    def event(self, step: int) -> dict[str, Any] | None:
+        return {"event": "half", "of": step // 2} if step % 2 == 0 else None
+
+
+def test_what_a_methods_hook_tells_of_a_step_is_a_row_of_that_step(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    hooks = [metrics, MethodEvents([Hook(), TellsEverySecondStep()], metrics)]
+    for step in (1, 2, 3, 4):
+        for hook in hooks:
+            hook.after_step(record(step))
+    metrics.close()
+    rows = read(tmp_path / "metrics.jsonl")
+    assert [(row["event"], row["step"]) for row in rows] == [
+        ("step", 1), ("step", 2), ("half", 2), ("step", 3), ("step", 4), ("half", 4),
+    ]  # fmt: skip
+    assert rows[2] == {"event": "half", "step": 2, "of": 1}
 
 
 def test_a_line_that_a_crash_tore_is_left_out(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowrank.compose import compose
 from lowrank.errors import ConfigError
 from lowrank.keys import key
 from lowrank.train.checkpoint import Saved, read, save
@@ -59,10 +60,24 @@ def test_weight_decay_is_never_on_vectors() -> None:
     assert by_name(scalar) == {"s": (1.0, 0.0)}
 
 
-def test_lora_plus_is_a_rule() -> None:
-    found = by_name(groups(named(), [{"match": "*.B", "lr": 16e-3}], lr=1e-3, weight_decay=0.1))
+@pytest.mark.parametrize("rate", [{"lr": 16e-3}, {"lr_ratio": 16}], ids=str)
+def test_lora_plus_is_a_rule(rate: dict[str, float]) -> None:
+    found = by_name(groups(named(), [{"match": "*.B", **rate}], lr=1e-3, weight_decay=0.1))
     assert found["a.q_proj.adapter.A"] == (1e-3, 0.1)
     assert found["a.q_proj.adapter.B"] == found["b.v.adapter.B"] == (16e-3, 0.1)
+
+
+def test_a_ratio_follows_the_learning_rate() -> None:
+    for lr in (1e-3, 2e-4):
+        found = by_name(groups(named(), [{"match": "*.B", "lr_ratio": 8}], lr=lr, weight_decay=0.0))
+        assert found["b.v.adapter.B"][0] == 8 * found["a.q_proj.adapter.A"][0] == 8 * lr
+
+
+def test_the_choice_lora_plus_makes_b_of_every_site_16_times_as_fast() -> None:
+    settings = compose(["optim=lora_plus", "optim.lr=1e-3"]).optim
+    found = by_name(groups(named(), settings.groups, lr=settings.lr, weight_decay=settings.weight_decay))
+    assert {name for name, (rate, _) in found.items() if rate == 16e-3} == {"a.q_proj.adapter.B", "b.v.adapter.B"}
+    assert {rate for rate, _ in found.values()} == {1e-3, 16e-3}
 
 
 def test_the_first_rule_that_fits_decides_and_what_it_leaves_out_is_the_default() -> None:

@@ -1,0 +1,13 @@
+"""BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models (arXiv 2106.10199)."""
+
+from __future__ import annotations
+
+from lowrank.adapters.full import Full
+
+
+class BitFit(Full):
+    """y = W x + b', LayerNorm(x) = g ∘ x̂ + b': every bias b trains and nothing else does (section 3).
+
+    ``Full`` with biases for targets. Over an NF4 base biases are dense, and train as over any other. A model that
+    has none (Llama) is refused when the plan is made.
+    """
