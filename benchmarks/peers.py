@@ -6,7 +6,6 @@ of docs/peers.md is what this prints; tests/benchmarks/test_peers.py holds ours 
 
 from __future__ import annotations
 
-import json
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -61,13 +60,40 @@ def p2() -> Figures:
 
 
 def p5() -> Figures:
-    """P5: share of a small adapter's effect that is lost by merging it into NF4 (1: all of it; more: worse)."""
-    model = tuned(lowrank.quantize(build_llama(hidden_size=64, intermediate_size=128)), size=0.02)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, naive = lowrank.merge(model, to="nf4", method="naive", min_share=None, probe=TOKENS)  # PEFT's: requantise
-        _, best = lowrank.merge(model, to="nf4", method="best", min_share=None, probe=TOKENS)
-    return 1 - naive.share, 1 - best.share
+    """P5: share of a small adapter's effect that is lost by merging it into NF4 (1: all of it)."""
+    from peft import LoraConfig, get_peft_model
+
+    wide = partial(build_llama, hidden_size=64, intermediate_size=128)
+    with torch.no_grad():
+        base = four_bit(wide())
+        before = base(TOKENS).logits
+        theirs = get_peft_model(base, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)).eval()
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=key(0, name)))
+        wrapped = theirs(TOKENS).logits
+        merged = theirs.merge_and_unload()(TOKENS).logits
+        peft = float((merged - wrapped).norm() / (wrapped - before).norm())
+    model = tuned(lowrank.quantize(wide()), size=0.02)
+    calibration = torch.randint(0, VOCABULARY, (16, 24), generator=key(1, "calibration"))
+    _, report = lowrank.merge(model, to="nf4", min_share=None, probe=TOKENS, calibration=calibration)
+    assert report.share is not None
+    return peft, 1 - report.share
+
+
+def four_bit(model: Any) -> Any:
+    """The model with its linear layers but the head as bitsandbytes' own NF4 layers."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and path != "lm_head":
+            new = Linear4bit(
+                layer.in_features, layer.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
+            )
+            new.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            model.set_submodule(path, new.to("cpu"))
+    model.is_loaded_in_4bit = True
+    return model
 
 
 def p6() -> Figures:
@@ -108,23 +134,20 @@ def p7(method: str) -> Figures:
 
 
 def p8() -> Figures:
-    """P8: relative error of the logits of a saved PiSSA adapter, read as the LoRA on the base that its file has."""
+    """P8: relative error of the logits of a PiSSA adapter that was saved and loaded (PEFT: pissa_niter_4)."""
     from peft import LoraConfig, PeftModel, get_peft_model
-
-    def read(folder: Path) -> Tensor:
-        file = folder / "adapter_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": True}))  # what servers do
-        logits: Tensor = PeftModel.from_pretrained(build_llama(), folder)(TOKENS).logits
-        return logits
 
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         folder = Path(name)
-        theirs = get_peft_model(build_llama(), LoraConfig(target_modules="all-linear", init_lora_weights="pissa"))
+        settings = LoraConfig(target_modules="all-linear", r=4, init_lora_weights="pissa_niter_4")
+        theirs = get_peft_model(build_llama(), settings)
         move(p for n, p in theirs.named_parameters() if "lora_" in n)
         theirs.save_pretrained(folder / "peft")
         ours = tuned(build_llama(), size=0.02, init="pissa")
-        lowrank.export_peft(ours, folder / "ours")
-        return tuple(error(read(folder / n), m(TOKENS).logits) for n, m in (("peft", theirs), ("ours", ours)))
+        lowrank.save_adapter(ours, folder / "ours")
+        again = PeftModel.from_pretrained(build_llama(), folder / "peft")
+        peft = error(again(TOKENS).logits, theirs(TOKENS).logits)
+        return peft, error(lowrank.load_adapter(build_llama(), folder / "ours")(TOKENS).logits, ours(TOKENS).logits)
 
 
 def p9() -> Figures:

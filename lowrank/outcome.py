@@ -22,7 +22,7 @@ def save_adapter(model: Any, folder: Path, base: dict[str, str], base_name: str 
     try:
         export_peft(model, folder, base_name=base_name)
     except ConfigError as error:
-        log.note(f"adapter/ is in our own format alone: {error}")
+        log.note(f"adapter/ is in our own format alone: {str(error).removeprefix('export: ')}")
 
 
 def write_spectra(model: Any, path: Path, log: Log) -> None:

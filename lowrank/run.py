@@ -73,7 +73,7 @@ class Run:
 
     @property
     def base(self) -> dict[str, str]:
-        """The hashes of the base's tensors by name, as they are beside the final adapter; empty before that is there."""
+        """The hashes of the base's tensors by name, as they lie beside the final adapter; empty before that."""
         return directory.read_json(self.folder / directory.ADAPTER / store.PLAN).get("base", {})
 
     @cached_property
@@ -121,9 +121,10 @@ class Run:
 def rows_of(examples: Sequence[Example], rows: int, width: int) -> Tensor:
     """Up to ``rows`` rows of ``width`` ids, of examples evenly spaced over all of them and put end to end."""
     tokens = sum(len(example.tokens) for example in examples)
-    step = max(1, tokens // (rows * width))
-    chosen = [*examples[::step], *(example for n, example in enumerate(examples) if n % step)]
-    ids = torch.tensor([token for example in chosen for token in example.tokens][: rows * width])
+    count = min(len(examples), -(-rows * width * len(examples) // tokens))  # that have so many tokens, on average
+    spaced = [n * len(examples) // count for n in range(count)]
+    order = [*spaced, *sorted(set(range(len(examples))) - set(spaced))]
+    ids = torch.tensor([token for n in order for token in examples[n].tokens][: rows * width])
     width = min(width, len(ids))
     return ids[: len(ids) // width * width].view(-1, width)
 

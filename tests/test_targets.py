@@ -30,7 +30,11 @@ def test_a_rule_of_a_mapping_may_be_of_another_class() -> None:
     mlp, norm = "{_target_:lowrank.adapters.IA3,feedforward:true}", "{_target_:lowrank.adapters.Full}"
     mixed = f"{{*.q_proj:{{r:8}},*.v_proj:null,*.mlp.*:{mlp},norm:{norm}}}"
     rows = planned("adapter.r=4", "adapter.dropout=0.5", f"adapter.targets={mixed}").rows
-    found = {row.path.removeprefix("model.layers.0."): (row.method, row.options) for row in rows if "layers.1." not in row.path}
+    found = {
+        row.path.removeprefix("model.layers.0."): (row.method, row.options)
+        for row in rows
+        if "layers.1." not in row.path
+    }
     assert found.keys() == {
         *("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
         "model.norm.weight",

@@ -152,7 +152,7 @@ def shared_options(rows: list[Row], seed: int) -> dict[tuple[str, str], dict[str
     return {
         what: resolve(what[0]).shared(
             {row.path: (row.shape[0], row.shape[1]) for row in group},
-            generator=key(seed, "shared", *what),
+            generator=key(seed, "shared", what[0]),
             **group[0].options,
         )
         for what, group in groups.items()

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.adapters.bank import held
-from lowrank.adapters.base import Adapter
-from lowrank.adapters.inject import apply, built, current_plan
-from lowrank.adapters.plan import Factory, InjectionPlan, plan
+from lowrank.adapters.base import Adapter, shape
+from lowrank.adapters.inject import apply, current_plan
+from lowrank.adapters.plan import Factory, InjectionPlan, plan, resolve, stand_in
 from lowrank.adapters.sites import Pattern, sites
 from lowrank.errors import ConfigError, RefusedError
 from lowrank.export import peft_folder
@@ -99,9 +99,12 @@ def chosen(carried: Sequence[Site]) -> Format:
     other = LORA.why_not(carried)
     if other is None:
         return LORA
-    mixed = f" PEFT has one method for a whole model ({', '.join(sorted(m.__name__ for m in methods))} are here)."
+    names = sorted(method.__name__ for method in methods)
+    if own is None and len(names) == 1 and carried[0].adapter.factors() is None:
+        why = f"{carried[0].path} carries {names[0]}, which PEFT does not have"
+    mixed = f" PEFT has one method for a whole model ({', '.join(names)} are here)." if len(names) > 1 else ""
     hint = " `lowrank merge` writes the whole model instead." if all(map(mergeable, carried)) else ""
-    raise ConfigError(f"export: {why or other}.{mixed if len(methods) > 1 else ''}{hint}")
+    raise ConfigError(f"export: {why or other}.{mixed}{hint}")
 
 
 def mergeable(site: Site) -> bool:
@@ -139,12 +142,10 @@ def import_peft(model: Model, folder: str | Path, name: str | None = None) -> Mo
     found = peft_folder.read(folder, model, format, config)
     bases = dict(sites(model))
     planned = plan_of(model, found, format, bases)
-    adapters = built(model, planned, seed=0)
-    peft_folder.refuse_misfits(found, format, adapters, bases)
-    states = {path: format.state(found, path, adapters[path]) for path in found.sites}
+    peft_folder.refuse_misfits(found, format, valueless(planned, bases), bases)
     apply(model, planned, name=name)
     for path, one in held(model, name).items():
-        fill(one.adapter, states[path])
+        fill(one.adapter, format.state(found, path, one.adapter))
     return model
 
 
@@ -175,6 +176,18 @@ def plan_of(model: nn.Module, found: Folder, format: Format, bases: dict[str, nn
         if isinstance(error.__cause__, ValueError):  # an option out of its range
             raise RefusedError(f"{found.config.file}: {error.__cause__}") from error
         raise
+
+
+def valueless(planned: InjectionPlan, bases: dict[str, nn.Module]) -> dict[str, Adapter]:
+    """The plan's adapters without values, to see what shapes they have: a folder may ask for any size."""
+    generator, made = torch.Generator("cpu"), {}
+    shapes = {row.path: shape(bases[row.path]) for row in planned.rows}
+    with torch.device("meta"):
+        for row in planned.rows:
+            method = resolve(row.adapter)
+            shared = method.shared(shapes, generator=generator, **row.options)
+            made[row.path] = method(stand_in(bases[row.path]), generator=generator, **row.options, **shared)
+    return made
 
 
 @torch.no_grad()

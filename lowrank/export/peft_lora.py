@@ -53,8 +53,11 @@ class LoRAFormat(Format):
 
     peft_type = "LORA"
     methods = (LoRA, DoRA)
-    names: ClassVar = {**dict.fromkeys(("lora_A.weight", "lora_embedding_A"), "A")} | {
-        **dict.fromkeys(("lora_B.weight", "lora_embedding_B"), "B"),
+    names: ClassVar = {
+        "lora_A.weight": "A",
+        "lora_B.weight": "B",
+        "lora_embedding_A": "A",
+        "lora_embedding_B": "B",
         "lora_magnitude_vector": "magnitude",
     }
     reads: ClassVar = {
@@ -192,23 +195,25 @@ class AdaLoRAFormat(Format):
             "dropout": config["lora_dropout"],
         }
 
-    def kept(self, config: Config, path: str) -> Tensor:
-        """Which of the triplets the file has: (init_r,)."""
-        r = config["init_r"]
-        found = (config["rank_pattern"] or {}).get(f"{path}.lora_E", [True] * r)
-        if len(found) != r:
-            raise RefusedError(f"{config.file}: rank_pattern: {len(found)} triplets of {path}, and init_r is {r}.")
-        return torch.tensor(found, dtype=torch.bool)
+    def kept(self, config: Config, path: str) -> list[bool] | None:
+        """Which of the init_r triplets the file has; None where it has all."""
+        found: list[bool] | None = (config["rank_pattern"] or {}).get(f"{path}.lora_E")
+        if found is not None and len(found) != config["init_r"]:
+            says = f"{len(found)} triplets of {path}, and init_r is {config['init_r']}"
+            raise RefusedError(f"{config.file}: rank_pattern: {says}.")
+        return found
 
     def shapes(self, folder: Folder, path: str, adapter: Any, base: nn.Module) -> dict[str, tuple[int, ...]]:
-        r, (out, into) = int(self.kept(folder.config, path).sum()), shape(base)
+        kept, (out, into) = self.kept(folder.config, path), shape(base)
+        r = adapter.init_r if kept is None else sum(kept)
         return {"lora_A": (r, into), "lora_E": (r, 1), "lora_B": (out, r)}
 
     def state(self, folder: Folder, path: str, adapter: Any) -> Tensors:
-        kept, found = self.kept(folder.config, path), folder.sites[path]
+        found, r = folder.sites[path], adapter.init_r
+        kept = torch.tensor(self.kept(folder.config, path) or [True] * r)  # (r,)
         wide = torch.promote_types(found["lora_E"].dtype, torch.float32)
         A, B = (parameter.detach().to("cpu", wide, copy=True) for parameter in (adapter.A, adapter.B))
-        E = torch.zeros(len(kept), dtype=wide)
+        E = torch.zeros(r, dtype=wide)
         A[kept], B[:, kept] = found["lora_A"].to(wide), found["lora_B"].to(wide)
         E[kept] = (found["lora_E"][:, 0].double() / self.surplus(adapter)).to(wide)
         return {"A": A, "E": E, "B": B}
@@ -229,14 +234,14 @@ def folded(adapter: Any) -> tuple[Tensor, Tensor]:
 def not_lora(site: Site, dora: bool) -> str | None:
     """Why a site is no LoRA, or (where all are) no DoRA."""
     path, method = site.path, type(site.adapter).__name__
+    if not dora and site.adapter.factors() is None:
+        return f"{path} carries {method}, which is no LoRA"
     if site_kind(site.base) == "other":
         return f"{path} carries {method}, and is no linear layer or embedding, which alone PEFT's LoRA adapts"
     if getattr(site.base, "embed_scale", None) is not None:
         return scaled_embedding(path, site.base)
     if dora:
         return None
-    if site.adapter.factors() is None:
-        return f"{path} carries {method}, which is no LoRA"
     if site.moved and type(site.adapter) is not LoRA:
         return f"{path} carries {method}, whose start changed the base"
     if site.moved and isinstance(site.base, NF4Linear):
@@ -252,8 +257,8 @@ def not_lora(site: Site, dora: bool) -> str | None:
 @torch.no_grad()
 def computes_factors(site: Site) -> bool:
     """Whether the call is base(x) + B A x; of a method that we do not know, on a few inputs."""
-    if type(site.adapter) in KNOWN:
-        return True
+    if type(site.adapter) in KNOWN or site_kind(site.base) == "other":
+        return type(site.adapter) in KNOWN
     adapter, base, generator = copy.deepcopy(site.adapter).eval(), site.base, torch.Generator().manual_seed(0)
     A, B = adapter.factors()
     weight = next((p for p in base.parameters() if p.is_floating_point()), A)
@@ -265,9 +270,8 @@ def computes_factors(site: Site) -> bool:
         x = torch.randn(1, 4, into, generator=generator).to(weight)
         change = x.to(A.dtype) @ A.T @ B.T  # (1, 4, out)
     plain = base(x)
-    off = (adapter(base, x) - plain - change.to(plain.dtype)).norm()
-    rounding = 8 * torch.finfo(plain.dtype).eps * plain.norm()
-    return bool(off <= 1e-2 * change.norm() + rounding)
+    off, eps = (adapter(base, x) - plain - change.to(plain.dtype)).norm(), torch.finfo(plain.dtype).eps
+    return bool(off <= max(1e-4, 8 * eps) * change.norm() + 8 * eps * plain.norm())
 
 
 def refuse_scaled_embedding(path: str, base: nn.Module) -> None:

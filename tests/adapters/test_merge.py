@@ -8,19 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from merging import RULES, Q, logits, trained
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lowrank.adapters import Adapted, Adapter, Full, LoRA, NotMergeable, dense_weight
+from lowrank.adapters import Adapted, Adapter, Bottleneck, Full, LoRA, NotMergeable, Prompt, dense_weight
 from lowrank.adapters.inject import adapter_state, apply, named_trainable
 from lowrank.adapters.merge import merge
 from lowrank.adapters.plan import Rules, plan
 from lowrank.keys import key
 from lowrank.quant.convert import quantize
-
-RULES: Rules = {"all-linear": partial(LoRA, r=2), "embedding": partial(LoRA, r=3)}
-Q = "model.layers.0.self_attn.q_proj"
 
 
 class Squared(Adapter):
@@ -35,20 +33,6 @@ class Squared(Adapter):
         return y + self.scale * y.square()
 
 
-def trained(model: Any, rules: Rules = RULES) -> Any:
-    """``model`` with adapters that have moved: 0.1 · normal numbers, keyed by name."""
-    apply(model, plan(model, rules))
-    for name, parameter in named_trainable(model).items():
-        parameter.data.normal_(0, 0.1, generator=key(1, name))
-    return model
-
-
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=tokens).logits
-    return found
-
-
 def test_the_merged_model_computes_what_the_wrapped_one_does(model: nn.Module, tokens: Tensor) -> None:
     base = logits(model, tokens)
     wrapped = trained(model.double())
@@ -59,7 +43,7 @@ def test_the_merged_model_computes_what_the_wrapped_one_does(model: nn.Module, t
 
 
 def test_merging_is_exact_in_the_bases_own_dtype(gpt2_64: GPT2LMHeadModel, tokens: Tensor) -> None:
-    wrapped = trained(gpt2_64)  # an fp64 base under adapters in fp32, as apply makes them
+    wrapped = trained(gpt2_64).double()
     merged, report = merge(wrapped, probe=tokens)
     assert (logits(merged, tokens) - logits(wrapped, tokens)).abs().max() < 1e-12
     assert report.logit_difference is not None
@@ -132,6 +116,16 @@ def test_an_adapter_on_a_tied_embedding_leaves_the_head_alone(gpt2: GPT2LMHeadMo
     assert "tie_word_embeddings is off" in str(report)
 
 
+def test_an_adapter_on_a_tied_head_leaves_the_embeddings_alone(gpt2: GPT2LMHeadModel, tokens: Tensor) -> None:
+    table = gpt2.lm_head.weight.detach().clone()
+    wrapped = trained(gpt2, {"lm_head": LoRA})
+    merged, report = merge(wrapped)
+    assert torch.equal(merged.transformer.wte.weight, table)
+    assert not torch.equal(merged.lm_head.weight, table)
+    torch.testing.assert_close(logits(merged, tokens), logits(wrapped, tokens), rtol=0, atol=1e-4)
+    assert "tie_word_embeddings is off" in str(report)
+
+
 def test_a_tie_that_no_adapter_touches_stays(gpt2: GPT2LMHeadModel) -> None:
     merged, report = merge(trained(gpt2, {"all-linear": LoRA}))
     assert merged.lm_head.weight is merged.transformer.wte.weight
@@ -183,6 +177,23 @@ def test_a_method_that_is_no_weight_is_refused_by_site(llama: LlamaForCausalLM) 
     wrapped = apply(llama, plan(llama, {"q_proj": Squared, "v_proj": LoRA}))
     with pytest.raises(NotMergeable, match=rf"^{Q}: Squared is not a change of weight and bias"):
         merge(wrapped)
+
+
+@pytest.mark.parametrize("to", ["dense", "nf4"])
+@pytest.mark.parametrize(
+    ("rules", "where"),
+    [
+        ({"blocks": Bottleneck, "q_proj": LoRA}, "model.layers.0: Bottleneck wraps a LlamaDecoderLayer"),
+        ({"backbone": Prompt, "all-linear": LoRA}, "model: Prompt wraps a LlamaModel"),
+    ],
+    ids=["blocks", "a backbone with LoRA inside"],
+)
+def test_what_wraps_more_than_a_layer_is_refused_by_site(
+    llama: LlamaForCausalLM, rules: Rules, where: str, to: str
+) -> None:
+    wrapped = apply(llama, plan(llama, rules))
+    with pytest.raises(NotMergeable, match=f"^{where}"):
+        merge(wrapped, to=to)
 
 
 def test_merging_draws_nothing_from_the_default_generator(llama: LlamaForCausalLM) -> None:

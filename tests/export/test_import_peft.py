@@ -271,10 +271,7 @@ def test_an_adapter_of_another_architecture_is_refused_with_the_nearest_name(sav
     _, folder = saved
     other = make_base("gpt2")
     refused(ConfigError, "model.layers.0.self_attn.q_proj and 3 more: no such linear layer", other, folder)
-    edit_tensors(
-        folder,
-        lambda t: [t.update({k.replace("self_attn", "attn"): t.pop(k)}) for k in list(t)],
-    )
+    edit_tensors(folder, lambda t: [t.update({k.replace("self_attn", "attn"): t.pop(k)}) for k in list(t)])
     bare, _ = saved
     refused(ConfigError, "Nearest: 'model.layers.0.self_attn.q_proj'", bare, folder)
 
@@ -297,5 +294,5 @@ def test_fields_left_out_have_peft_s_own_defaults(saved, logits_of):
     copied = folder.with_name("short")
     shutil.copytree(folder, copied)
     (copied / CONFIG).write_text(json.dumps(fields))
-    full, short = import_peft(copy.deepcopy(bare), folder), import_peft(copy.deepcopy(bare), copied)
+    full, short = (import_peft(copy.deepcopy(bare), path) for path in (folder, copied))
     assert torch.equal(logits_of(full), logits_of(short))

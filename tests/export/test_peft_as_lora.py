@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from lowrank.adapters import IA3, OFT, AdaLoRA, Adapter, BitFit, Bottleneck, DoRA, LoHa, LoKr, LoRA, Prefix, VeRA
 from lowrank.adapters.base import dense_weight
 from lowrank.adapters.sites import adapted
+from lowrank.directory import Log
 from lowrank.errors import ConfigError, RefusedError
 from lowrank.export.peft import export_peft, import_peft
+from lowrank.outcome import save_adapter
 from lowrank.quant.convert import quantize
 
 pytestmark = QUIET
@@ -158,10 +160,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "ia3 and a bottleneck": (
         "llama",
         {"k_proj": IA3, "blocks": Bottleneck},
-        "model.layers.0 carries Bottleneck, and is no linear layer or embedding, which alone PEFT's LoRA adapts. "
+        "model.layers.0 carries Bottleneck, which is no LoRA. "
         "PEFT has one method for a whole model (Bottleneck, IA3 are here).",
     ),
-    "a bottleneck": ("llama", {"blocks": Bottleneck}, "model.layers.0 carries Bottleneck, and is no linear layer"),
+    "a bottleneck": ("llama", {"blocks": Bottleneck}, "model.layers.0 carries Bottleneck, which PEFT does not have."),
     "bitfit": ("gpt2", {"*.c_attn.bias": BitFit}, "c_attn.bias carries BitFit, which trains the base itself, and"),
     "prefix and lora": ("llama", {"backbone": Prefix, "q_proj": LoRA}, "PEFT has one method for a whole model"),
     "factors that are not all": ("llama", {"q_proj": Lifted}, "Lifted, which does not compute what its factors() say."),
@@ -193,3 +195,21 @@ def test_pefts_own_start_by_a_sketch_comes_back_as_another_model_and_is_refused_
     assert apart(again, theirs) > 0.1 * apart(theirs, bare)
     with pytest.raises(RefusedError, match='init_lora_weights: "pissa_niter_4" is not supported'):
         import_peft(copy.deepcopy(bare), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rules", "note"),
+    [
+        ({"k_proj": IA3}, None),
+        ({"blocks": Bottleneck}, "model.layers.0 carries Bottleneck, which PEFT does not have."),
+    ],
+)
+def test_a_run_leaves_both_formats_or_says_in_one_line_why_not(
+    rules: Any, note: str | None, tmp_path: Path, make_base: Any
+) -> None:
+    log = Log()
+    save_adapter(with_adapter(make_base("llama"), rules), tmp_path, {}, None, log)
+    assert (tmp_path / "adapter.safetensors").is_file()
+    assert (tmp_path / "adapter_config.json").is_file() == (note is None)
+    assert len(log.waiting) == (note is not None)
+    assert note is None or f"adapter/ is in our own format alone: {note}" in log.waiting[0]

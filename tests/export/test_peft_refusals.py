@@ -130,6 +130,9 @@ CONTRADICTIONS: list[tuple[str, str, Any, str]] = [
     ("PrefixTuning", "num_virtual_tokens", 2, "prompt_embeddings has shape (3, 128), not (2, 128)"),
     ("PromptTuning", "num_virtual_tokens", 5000, "length: 5000 is not allowed; fewer than the model's 1,024 positions"),
     ("AdaLora", "peft_type", "VERA", "is not supported with VERA"),
+    # Sizes that no memory has: what a file only says is never made.
+    ("AdaLora", "init_r", 10**12, "q_proj.lora_A has shape (4, 64), not (1000000000000, 64)"),
+    ("Vera", "r", 10**12, "q_proj.vera_lambda_d has shape (8,), not (1000000000000,)"),
 ]
 
 

@@ -130,20 +130,20 @@ def test_it_comes_near_the_best_of_all_codes() -> None:
     assert found.sum() <= 1.5 * least.sum()
 
 
-@pytest.mark.parametrize("size", [0.003, 0.01, 0.03])
-def test_a_small_change_survives_where_nearest_rounding_loses_it(size: float) -> None:
-    """On inputs that the codes were not fitted to."""
+def test_a_small_change_survives_where_nearest_rounding_loses_it() -> None:
+    """3 % of the weight, on inputs that the codes were not fitted to."""
     layer = layer_of(192, 192)
-    target, scales, start = small_change(layer, size), layer.scales(), layer.codes()
+    target, scales, start = small_change(layer, 0.03), layer.scales(), layer.codes()
     X, held_out = inputs(4000, 192), inputs(1000, 192)
     change = held_out @ (target - layer.dequantize()).T
 
     def lost(codes: Tensor) -> float:
         return float((held_out @ (weights(codes, scales) - target).T).norm() / change.norm())
 
+    by_feedback = lost(feedback(target, scales, damped(X.T @ X)))
     assert lost(nearest(target, scales)) > 0.9
-    assert lost(feedback(target, scales, damped(X.T @ X))) < 0.8
-    assert lost(rounded(target, scales, X.T @ X, start)) < 0.5
+    assert by_feedback < 0.5
+    assert lost(rounded(target, scales, X.T @ X, start)) < 0.95 * by_feedback
 
 
 @pytest.mark.parametrize("tokens", [0, 3, TOKENS])
