@@ -68,5 +68,7 @@ def difference(one: Factors, other: Factors) -> Factors:
     return torch.cat([one[0].double(), other[0]]), torch.cat([one[1].double(), -other[1]], dim=1)
 
 
-def relative(distance: float, size: float) -> float:
-    return distance / size if size > 0 else distance
+def relative(distance: float, size: float, parts: float) -> float:
+    """‖Δ‖ / ‖W‖, of a sum W of ``parts`` in size; ‖Δ‖ / parts where W is nothing but their rounding."""
+    of = size if size > 1e-12 * parts else parts
+    return distance / of if of > 0 else distance

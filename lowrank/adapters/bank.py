@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapted, Adapter, NotMergeable
-from lowrank.adapters.route import Route, Switched
+from lowrank.adapters.route import Route, Switched, choice
 from lowrank.adapters.sites import TRAINED, adapted, replace, site_kind, sites
 from lowrank.adapters.update import owns
 from lowrank.errors import ConfigError, did_you_mean
@@ -62,8 +62,13 @@ class Bank(Adapter):
             raise NotMergeable("the rows of a batch go through adapters of their own (lowrank.use with a list)")
         return self.get(self.route.chosen)
 
+    @property
+    def virtual_tokens(self) -> int:  # type: ignore[override]
+        """Of those in use."""
+        return max(getattr(self.get(name), "virtual_tokens", 0) for name in self.route.names)
+
     def forward(self, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        names = self.route.chosen if isinstance(self.route.chosen, tuple) else (self.route.chosen,)
+        names = self.route.names
         here = {name: self.get(name) for name in names}
         if len(set(here.values())) > 1:
             return self.by_row(base, *args)
@@ -185,7 +190,7 @@ def route_of(model: nn.Module) -> Route | None:
 
 def admit(model: nn.Module, name: str) -> None:
     """Raises ConfigError where an adapter of this name cannot be put on the model."""
-    if not re.fullmatch(r"[\w-]+", name) or hasattr(Bank(Route()), name):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or hasattr(Bank(Route()), name):
         raise ConfigError(
             f"name: '{name}' is not allowed; letters, digits, _ and -, and no name of {Bank.__name__}'s own."
         )
@@ -248,7 +253,7 @@ def use(model: nn.Module, name: str | Sequence[str | None] | None) -> Switched:
     route = route_of(model)
     if route is None:
         raise ConfigError("use: the model carries no named adapter; load_adapter(model, folder, name=…) adds one.")
-    wanted = name if name is None or isinstance(name, str) else tuple(name)
+    wanted = choice(name)
     route.check(wanted)
     before = route.chosen
     route.switch(model, wanted)

@@ -32,6 +32,7 @@ class Adapter(nn.Module):
 
     sites: ClassVar[tuple[str, ...]] = ("linear",)  # any of "linear" "embedding" "block" "backbone" "parameter"
     identity_at_start: bool | Literal["rounding"] = True  # of the class, or of one with certain options; checked
+    trains: ClassVar[str] = "*"  # of "parameter" methods: which of the base's parameters they take, as a pattern
     texts: ClassVar[tuple[str, ...]] = ()  # options that are text to a user, and their token ids to the constructor
 
     # Names of parameters whose gradient leaves a term out on purpose, as their paper says (DoRA's norm is a constant).
@@ -112,6 +113,11 @@ class Adapted(nn.Module):
     @property
     def original(self) -> nn.Module | None:
         return self.kept[0] if self.kept else None
+
+    @property
+    def positions_taken(self) -> int:
+        """Positions of the model that rows of the adapter take before every text in a call as it is now."""
+        return 0 if self.bypassed else self.adapter.virtual_tokens
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if self.original is not None and self.original is not self.base:

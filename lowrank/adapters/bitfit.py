@@ -8,6 +8,8 @@ from lowrank.adapters.full import Full
 class BitFit(Full):
     """y = W x + b', LayerNorm(x) = g ∘ x̂ + b': every bias b trains and nothing else does (section 3).
 
-    ``Full`` with biases for targets. Over an NF4 base biases are dense, and train as over any other. A model that
-    has none (Llama) is refused when the plan is made.
+    ``Full`` with biases for targets: of what a target names, its biases alone. Over an NF4 base biases are dense, and
+    train as over any other. A model that has none (Llama) is refused when the plan is made.
     """
+
+    trains = "*.bias"

@@ -187,6 +187,13 @@ def refuse_unlike(sources: Sequence[Source]) -> None:
                     f"combine: {path} is {'×'.join(map(str, shape))} in {folder} and "
                     f"{'×'.join(map(str, row.shape))} in {one.folder}: not adapters of one base."
                 )
+    for other in sources[1:]:
+        sizes = [one.plan.total_parameters for one in (first, other)]
+        if sizes[0] != sizes[1]:
+            raise RefusedError(
+                f"combine: the base of {first.folder} has {sizes[0]:,} parameters and that of {other.folder} "
+                f"{sizes[1]:,}: not adapters of one base."
+            )
 
 
 def site(
@@ -202,12 +209,12 @@ def site(
     here = [
         (i, w, one.factors(path)) for i, (w, one) in enumerate(zip(weights, sources, strict=True)) if path in one.rows
     ]
-    total = sum(len(A) for _, _, (A, _) in here)
+    total, parts = sum(len(A) for _, _, (A, _) in here), sum(abs(w) * norm(*factors) for _, w, factors in here)
     if method == "sum":
         A = torch.cat([A for _, _, (A, _) in here])  # (Σr, in)
         B = torch.cat([w * B for _, w, (_, B) in here], dim=1)  # (out, Σr)
         stored = stored_as(A, B) if rank is None or rank >= total else stored_as(*cut(A, B, rank))
-        return stored, relative(norm(*difference(stored, (A, B))), norm(A, B))
+        return stored, relative(norm(*difference(stored, (A, B))), norm(A, B), parts)
     changes = [B @ A for _, _, (A, B) in here]  # (out, in) each
     factors = [w for _, w, _ in here]
     if method == "ties":
@@ -215,7 +222,8 @@ def site(
     else:
         wanted = dare(changes, factors, density, [key(seed, "dare", i, path) for i, _, _ in here])
     stored = stored_as(*truncated(wanted, min(rank or total, *wanted.shape)))
-    return stored, relative(float((stored[1].double() @ stored[0].double() - wanted).norm()), float(wanted.norm()))
+    missed = float((stored[1].double() @ stored[0].double() - wanted).norm())
+    return stored, relative(missed, float(wanted.norm()), parts)
 
 
 def stored_as(A: Tensor, B: Tensor) -> Factors:

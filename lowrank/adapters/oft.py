@@ -24,9 +24,9 @@ class OFT(Adapter):
     def __init__(self, base: nn.Module, *, generator: torch.Generator, block_size: int = 16, neumann: int = 0) -> None:
         super().__init__()
         if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 2:
-            raise ValueError(f"block_size: {block_size} is not allowed; an integer, 2 or more.")
+            raise ValueError(f"block_size: {block_size!r} is not allowed; an integer, 2 or more.")
         if isinstance(neumann, bool) or not isinstance(neumann, int) or (neumann and neumann < 4):
-            raise ValueError(f"neumann: {neumann} is not allowed; 0 (exact), or a number of terms, 4 or more.")
+            raise ValueError(f"neumann: {neumann!r} is not allowed; 0 (exact), or a number of terms, 4 or more.")
         width = shape(base)[1]
         if width % block_size:
             sizes = [n for n in range(2, width + 1) if width % n == 0]

@@ -13,46 +13,48 @@ from lowrank.errors import did_you_mean
 
 def positive_integer(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: {value} is not allowed; a positive integer.")
+        raise ValueError(f"{name}: {value!r} is not allowed; a positive integer.")
     return value
 
 
 def positive_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}: {value} is not allowed; a positive number.")
+        raise ValueError(f"{name}: {value!r} is not allowed; a positive number.")
     return value
 
 
 def probability(name: str, value: object) -> float:
     """Of dropping: 1 would drop everything."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"{name}: {value} is not allowed; a number from 0 up to, but not including, 1.")
+        raise ValueError(f"{name}: {value!r} is not allowed; a number from 0 up to, but not including, 1.")
     return float(value)
 
 
 def fraction(name: str, value: object) -> float:
     """Of a run."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"{name}: {value} is not allowed; a fraction of the run, from 0 up to, but not including, 1.")
+        raise ValueError(
+            f"{name}: {value!r} is not allowed; a fraction of the run, from 0 up to, but not including, 1."
+        )
     return float(value)
 
 
 def smoothing(name: str, value: object) -> float:
     """Of a moving average: 0 would forget everything, 1 would take nothing in."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-        raise ValueError(f"{name}: {value} is not allowed; a number between 0 and 1.")
+        raise ValueError(f"{name}: {value!r} is not allowed; a number between 0 and 1.")
     return float(value)
 
 
 def not_negative(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"{name}: {value} is not allowed; a number from 0.")
+        raise ValueError(f"{name}: {value!r} is not allowed; a number from 0.")
     return float(value)
 
 
 def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{name}: {value} is not allowed; true or false.")
+        raise ValueError(f"{name}: {value!r} is not allowed; true or false.")
     return value
 
 

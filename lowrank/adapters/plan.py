@@ -15,12 +15,14 @@ from torch import nn
 from lowrank.adapters.base import Adapter, shape
 from lowrank.adapters.sites import (
     EXCLUDE,
+    KEYWORDS,
     WHERE,
     Pattern,
     count,
     kinds,
     matched,
     matched_parameters,
+    matches,
     owners,
     parameters,
     show,
@@ -125,25 +127,35 @@ def excluded(model: nn.Module, pattern: Pattern) -> set[str]:
 def targets(model: nn.Module, pattern: Pattern, adapter: type[Adapter]) -> dict[str, Any]:
     """The modules, or the base's parameters, that a rule is for, by path. Raises ConfigError where there are none."""
     if "parameter" in adapter.sites:
-        return own_targets(model, pattern)
+        return own_targets(model, pattern, adapter)
     known, kind, hits = dict(sites(model)), kinds(model), matched(model, pattern)
     if not hits:
         raise ConfigError(f"{WHERE}: {show(pattern)} matches no module.{suggestion(pattern, known)}")
     supported = {path: module for path, module in hits.items() if kind[path] in adapter.sites}
     if not supported:
         path, module = next(iter(hits.items()))
+        meant = {path: module for path, module in known.items() if kind[path] in adapter.sites}
+        names = [keyword for keyword, meaning in KEYWORDS.items() if meaning in adapter.sites]
+        there = any(site_kind(one) != "other" for one in meant.values())
+        hint = suggestion(pattern, meant) if there else f" Its targets: {', '.join(names)}."
         raise ConfigError(
             f"{WHERE}: {show(pattern)} matches {path} ({type(module).__name__}), but "
-            f"{adapter.__name__} adapts {' and '.join(adapter.sites)} sites only.{suggestion(pattern, known)}"
+            f"{adapter.__name__} adapts {' and '.join(adapter.sites)} sites only.{hint}"
         )
     return supported
 
 
-def own_targets(model: nn.Module, pattern: Pattern) -> dict[str, nn.Parameter]:
+def own_targets(model: nn.Module, pattern: Pattern, adapter: type[Adapter]) -> dict[str, nn.Parameter]:
     own, modules = parameters(model), dict(sites(model))
     named = {path: own[path] for path in matched_parameters(model, pattern)}
+    trained = {path: parameter for path, parameter in named.items() if matches(adapter.trains, path)}
+    if trained:
+        return trained
     if named:
-        return named
+        raise ConfigError(
+            f"{WHERE}: {show(pattern)} matches {next(iter(named))}, but {adapter.__name__} trains '{adapter.trains}' "
+            f"alone, and there is none among what it matches."
+        )
     held = {id(p) for path in matched(model, pattern) for p in modules[path].parameters()}
     if tied := next((path for path, parameter in own.items() if id(parameter) in held), None):
         raise ConfigError(f"{WHERE}: {show(pattern)} has no parameter of its own: it is tied to {tied}.")

@@ -129,7 +129,9 @@ class Calibration:
     def watch(self) -> list[Any]:
         """The hooks: before a layer, in either model; and after a block, or after a layer that is in none."""
         here, there = dict(walk(self.model)), dict(walk(self.result))
-        units = [path for path in blocks(self.model) if any(site.startswith(f"{path}.") for site in self.wanted)]
+        units = blocks(self.model)
+        touched = [n for n, path in enumerate(units) if any(site.startswith(f"{path}.") for site in self.wanted)]
+        units = units[touched[0] : touched[-1] + 1] if touched else []  # those between carry the stream
         units += [site for site in self.wanted if not any(site.startswith(f"{path}.") for path in units)]
         before = [here[path].register_forward_pre_hook(self.noting(path)) for path in self.wanted]
         before += [there[path].register_forward_pre_hook(self.rounding(path)) for path in self.wanted]

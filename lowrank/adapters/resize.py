@@ -91,6 +91,8 @@ def resize(
     adapter that is no LoRA or whose start changed the base, and state of an optimizer that is kept in another form.
     """
     found, name = held(model, name), which(model, name)
+    if not found:
+        raise ConfigError("resize: the model carries no adapter.")
     ranks = wanted(model, r, found)
     for path, rank in ranks.items():
         refuse(path, found[path].adapter, rank)

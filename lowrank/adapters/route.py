@@ -14,6 +14,16 @@ from lowrank.errors import ConfigError, did_you_mean
 
 Choice = str | None | tuple[str | None, ...]  # one adapter for the batch (None: the bare base), or one a row
 
+
+def choice(given: object) -> Choice:
+    """What ``use`` is given, a list of names as a tuple. Raises ConfigError for what is neither name nor list."""
+    if given is None or isinstance(given, str):
+        return given
+    if not isinstance(given, Sequence):
+        raise ConfigError(f"use: {given} is not allowed; a name, a list of names (one for each row), or None.")
+    return tuple(given)
+
+
 SELECT = "select_rows"  # the attribute of the model by which batched generation names the rows of a batch
 
 
@@ -66,6 +76,11 @@ class Route:
         self.chosen: Choice = None
         self.layouts: tuple[Layout, ...] = ()
         self.handle: Any | None = None
+
+    @property
+    def names(self) -> tuple[str | None, ...]:
+        """Those chosen: one for the batch, or one a row."""
+        return self.chosen if isinstance(self.chosen, tuple) else (self.chosen,)
 
     def check(self, wanted: Choice) -> None:
         names = wanted if isinstance(wanted, tuple) else (wanted,)

@@ -29,10 +29,13 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None, 
     """Writes what trains in ``model`` to ``folder`` (made where it is missing); ``about`` goes into the JSON.
 
     Of several adapters on the model one is written, ``name``, as it would be if it stood there alone. Raises
-    ConfigError where there is none of that name, or no name and several.
+    ConfigError where there is none of that name, no name and several, or none at all.
     """
     name = which(model, name)
-    return write(folder, current_plan(model, name), adapter_state(model, name), about)
+    plan = current_plan(model, name)
+    if not plan.rows:
+        raise ConfigError(f"{folder}: nothing to save; the model carries no adapter.")
+    return write(folder, plan, adapter_state(model, name), about)
 
 
 def write(folder: str | Path, plan: InjectionPlan, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Path:
@@ -105,6 +108,8 @@ def read_plan(path: Path, about: dict[str, Any]) -> InjectionPlan:
         plan = InjectionPlan.from_dict(about["plan"])
         for row in plan.rows:
             class_and_options(partial(resolve(row.adapter), **row.options))
+        if not plan.rows:
+            raise TypeError("it has no rows")
     except (KeyError, TypeError, ConfigError) as error:
         raise RefusedError(f"{path}: not the plan of an adapter ({error}).") from error
     return plan

@@ -174,8 +174,8 @@ def room(model: nn.Module) -> int | None:
 
 
 def taken(model: nn.Module) -> int:
-    """Positions that an adapter's own rows take before every text."""
-    return max(getattr(module, "virtual_tokens", 0) for module in model.modules())
+    """Positions that the own rows of the adapter in use take before every text."""
+    return max(getattr(module, "positions_taken", 0) for module in model.modules())
 
 
 @contextmanager

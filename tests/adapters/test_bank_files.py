@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 import lowrank
-from lowrank.adapters import Full, LoRA, NotMergeable
+from lowrank.adapters import Full, LoRA, NotMergeable, Prompt
 from lowrank.adapters.inject import apply, current_plan, remove
 from lowrank.adapters.plan import Rules, plan
 from lowrank.adapters.sites import adapted
 from lowrank.adapters.store import load_adapter, save_adapter
 from lowrank.errors import ConfigError, RefusedError
+from lowrank.eval.generate import room
 from lowrank.quant.convert import quantize
 
 Make = Callable[..., Any]
@@ -77,6 +78,21 @@ def test_remove_takes_everything_off_and_puts_the_same_objects_back(make: Make, 
     assert torch.equal(logits(model, ids), before)
     assert not model._forward_pre_hooks
     load_adapter(model, folder(make, "b", tmp_path), name="a")
+
+
+def test_positions_are_those_that_the_adapter_in_use_takes(make: Make) -> None:
+    model = make()
+    apply(model, plan(model, {"backbone": partial(Prompt, length=100)}))
+    assert room(model) == 28
+    with lowrank.disable(model):
+        assert room(model) == 128
+    apply(model, plan(model, {"all-linear": LoRA}), name="b")
+    with lowrank.use(model, "b"):
+        assert room(model) == 128
+    with lowrank.use(model, ["default", "default"]):
+        assert room(model) == 28
+    lowrank.use(model, None)
+    assert room(model) == 128
 
 
 def test_a_copy_has_a_switch_of_its_own(make: Make, tmp_path: Path) -> None:
@@ -164,4 +180,8 @@ def test_unknown_names_are_refused_with_the_nearest(make_llama: Make, tmp_path: 
             call(model, "germn")
     with pytest.raises(ConfigError, match=r"no adapter 'germn'.*There are: french, german"):
         lowrank.use(model, ["french", "germn"])
+    with pytest.raises(ConfigError, match="use: 5 is not allowed; a name, a list of names"):
+        lowrank.use(model, 5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="name: '5' is not allowed"):
+        load_adapter(model, tmp_path / "a", name=5)  # type: ignore[arg-type]
     assert torch.equal(logits(model, ids), before)

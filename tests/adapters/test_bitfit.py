@@ -92,6 +92,14 @@ def test_what_was_trained_is_saved_and_loads_on_a_bare_model(
     assert not any(p.requires_grad for p in remove(other).parameters())
 
 
+def test_of_what_a_target_names_the_biases_alone_train(gpt2: GPT2LMHeadModel, llama: LlamaForCausalLM) -> None:
+    found = plan(gpt2, {"c_attn": BitFit, "ln_1@0": BitFit}).rows
+    layers = ["transformer.h.0.ln_1", "transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    assert [row.path for row in found] == [f"{layer}.bias" for layer in layers]
+    with pytest.raises(ConfigError, match=r"'q_proj' matches .*q_proj\.weight, but BitFit trains '\*\.bias' alone"):
+        plan(llama, {"q_proj": BitFit})
+
+
 @pytest.mark.parametrize("quantised", [False, True])
 def test_a_model_without_biases_is_refused(quantised: bool, llama: LlamaForCausalLM) -> None:
     model = quantize(llama) if quantised else llama

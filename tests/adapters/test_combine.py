@@ -71,6 +71,15 @@ def test_what_is_taken_away_is_gone(make: Make, three: list[Path], tmp_path: Pat
     assert max(error(found[path], wanted[path]) for path in wanted) <= 1e-6
 
 
+@pytest.mark.parametrize("settings", [{}, {"rank": 1}, {"method": "ties"}, {"method": "dare", "density": 1.0}])
+def test_where_nothing_is_left_the_error_is_measured_by_what_cancelled(
+    settings: dict[str, Any], make_llama: Make, tmp_path: Path
+) -> None:
+    one = saved(make_llama, tmp_path, {"all-linear": partial(LoRA, r=3)}, "one")
+    report = combine([one, one], [1.0, -1.0], tmp_path / "none", **settings)
+    assert report.worst.error <= 1e-12
+
+
 @pytest.mark.filterwarnings("ignore")  # PEFT's and transformers' own
 def test_pefts_combination_is_not_the_sum_and_ours_is(make_llama: Make, tmp_path: Path) -> None:
     from peft import PeftModel

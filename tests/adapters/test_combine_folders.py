@@ -72,6 +72,7 @@ def test_what_cannot_be_combined_is_refused_with_nothing_written(
         "is 32×32 in .* and 64×64 in .*: not adapters of one base": saved(
             lambda: make_llama(hidden_size=64), tmp_path, q, "wide"
         ),
+        r"the base of .* parameters and that of .*: not adapters": saved(make_gpt2, tmp_path, {"c_attn": LoRA}, "gpt2"),
         "holds values that are not finite": damage(saved(make_llama, tmp_path, q, "nan"), float("nan")),
         "no adapter.json there": tmp_path / "nowhere",
         "quantised the rest anew": saved(make_llama, tmp_path, {"q_proj": partial(LoRA, init="loftq")}, "loftq"),

@@ -57,9 +57,8 @@ def test_the_codes_chosen_on_other_tokens_keep_more_of_the_effect_than_rounding(
     assert share(best) > share(naive) + 0.15
 
 
-def test_each_layer_is_rounded_on_what_the_rounded_layers_before_it_give(model: nn.Module) -> None:
-    """Against every layer rounded by itself, on the wrapped model's own inputs."""
-    wrapped = slightly(quantize(model))
+def alone(wrapped: Any) -> Any:
+    """Every layer rounded by itself, on what the wrapped model gives it."""
     inputs: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_pre_hook(lambda m, args, path=path: inputs.update({path: args[0].flatten(0, 1)}))
@@ -68,14 +67,23 @@ def test_each_layer_is_rounded_on_what_the_rounded_layers_before_it_give(model: 
     logits(wrapped, CALIBRATION)
     for hook in hooks:
         hook.remove()
-    alone: Any = remove(copy.deepcopy(wrapped))
+    result: Any = remove(copy.deepcopy(wrapped))
     for path, module in adapted(wrapped):
-        X, layer = inputs[path], alone.get_submodule(path)
+        X, layer = inputs[path], result.get_submodule(path)
         target, _ = module.adapter.merged(dense_weight(module.base), None)
         layer.recode(rounded(target.detach(), layer.scales(), X.T @ X, layer.codes()))
-    together, _ = into_nf4(wrapped)
-    wanted = logits(wrapped, PROBE)
-    assert (logits(together, PROBE) - wanted).norm() < 0.95 * (logits(alone, PROBE) - wanted).norm()
+    return result
+
+
+@pytest.mark.parametrize("target", ["all-linear", "all-linear@0,2"])
+def test_each_layer_makes_up_for_the_rounding_of_those_before_it(
+    make_gpt2: Callable[..., GPT2LMHeadModel], make_llama: Callable[..., LlamaForCausalLM], target: str
+) -> None:
+    for model in (make_llama(num_hidden_layers=3), make_gpt2(n_layer=3)):
+        wrapped = slightly(quantize(model), {target: partial(LoRA, r=2)}, size=0.007)
+        together, _ = into_nf4(wrapped)
+        wanted = logits(wrapped, PROBE)
+        assert (logits(together, PROBE) - wanted).norm() < 0.96 * (logits(alone(wrapped), PROBE) - wanted).norm()
 
 
 def test_a_small_change_moves_codes_and_leaves_scales(llama: LlamaForCausalLM) -> None:

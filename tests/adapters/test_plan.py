@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lowrank.adapters import Adapter, Full, LoRA
+from lowrank.adapters import IA3, Adapter, Full, LoRA, Prefix
 from lowrank.adapters.inject import apply, named_trainable
 from lowrank.adapters.plan import InjectionPlan, Rules, plan
 from lowrank.errors import ConfigError
@@ -104,6 +104,10 @@ def test_a_doubly_claimed_site_is_an_error_that_names_both_rules(llama: LlamaFor
 def test_a_site_of_a_kind_the_adapter_does_not_take_is_an_error(llama: LlamaForCausalLM) -> None:
     assert "LlamaAttention" in refused(llama, {"self_attn": LoRA})
     assert "Shared adapts linear sites only" in refused(llama, {"embedding": Shared})
+    text = refused(llama, {"embed_tokens": IA3})
+    assert "IA3 adapts linear sites only" in text
+    assert "Nearest: 'embed_tokens'" not in text
+    assert refused(llama, {"q_proj": Prefix}).endswith("Prefix adapts backbone sites only. Its targets: backbone.")
 
 
 def test_an_invalid_regular_expression_is_a_configuration_error(llama: LlamaForCausalLM) -> None:
@@ -119,7 +123,8 @@ def test_an_invalid_regular_expression_is_a_configuration_error(llama: LlamaForC
         ({"alpha": -1}, "adapter.alpha: -1 is not allowed; a positive number."),
         ({"alpha": float("nan")}, "adapter.alpha: nan is not allowed; a positive number."),
         ({"dropout": 1.0}, "adapter.dropout: 1.0 is not allowed; a number from 0 up to, but not including, 1."),
-        ({"rslora": "yes"}, "adapter.rslora: yes is not allowed; true or false."),
+        ({"r": "8"}, "adapter.r: '8' is not allowed; a positive integer."),
+        ({"rslora": "yes"}, "adapter.rslora: 'yes' is not allowed; true or false."),
         ({"rnak": 8}, "adapter.rnak: unknown key. Allowed: r, alpha, dropout, rslora"),
         ({"drpout": 0.1}, "adapter.drpout: unknown key. Did you mean 'dropout'? Allowed: r, alpha, dropout, rslora"),
     ],

@@ -268,5 +268,7 @@ def test_what_cannot_be_resized_is_refused_with_nothing_changed(llama: LlamaForC
     for r, message in refused:
         with pytest.raises(ConfigError, match=message):
             lowrank.resize(model, r, optimizer)
+    with pytest.raises(ConfigError, match="the model carries no adapter"):
+        lowrank.resize(nn.Linear(4, 4), 4)
     assert torch.equal(logits(model, tokens), before)
     assert current_plan(model) == plans

@@ -81,6 +81,12 @@ def test_what_is_loaded_trains_on(llama: LlamaForCausalLM, tmp_path: Path) -> No
     assert list(named_trainable(load_adapter(remove(llama), tmp_path))) == names
 
 
+def test_a_bare_model_has_nothing_to_save(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the model carries no adapter"):
+        save_adapter(llama, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_saving_again_replaces_what_was_there(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     wrapped = trained(llama)
     save_adapter(wrapped, tmp_path)
@@ -128,6 +134,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda folder: (folder / "adapter.json").write_text("[]"), "adapter.json"),
     "torn": (lambda folder: (folder / "adapter.safetensors").write_bytes(b"\0" * 5), "cannot be read"),
     "no rows": (edit_plan(lambda about: about["plan"].pop("rows")), "not the plan of an adapter"),
+    "an empty list of rows": (edit_plan(lambda about: about["plan"].update(rows=[])), "it has no rows"),
     "rows of another shape": (edit_plan(lambda about: about["plan"].update(rows=3)), "not the plan of an adapter"),
     "a row too much": (set_row("more", 1), "not the plan of an adapter"),
     "a path that is none": (set_row("path", [1]), "adapter.json"),
