@@ -173,7 +173,11 @@ RULES: dict[str, Rule] = {
     "loop.micro_batch": or_null(POSITIVE),
     "loop.micro_batch_tokens": or_null(POSITIVE),
     "loop.accumulate": POSITIVE,
-    "loop.max_grad_norm": number("a positive number (.inf measures without clipping)", lambda v: v > 0),
+    "loop.max_grad_norm": Rule(  # YAML's infinity is a text to Hydra's command line
+        "a positive number (.inf measures without clipping)",
+        lambda v: v == ".inf" or (is_number(v) and v > 0),
+        lambda v: math.inf if v == ".inf" else float(v),
+    ),
     "loop.precision": choice("auto", "fp32", "bf16", "fp16"),
     "loop.device": Rule("auto, cpu, cuda or cuda:N", is_device, names=("auto", "cpu", "cuda")),
     "loop.seed": COUNT,

@@ -145,6 +145,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(
     ("path", "value"),
     [
         ("loop.max_grad_norm", float("inf")),
+        ("loop.max_grad_norm", ".inf"),
         ("schedule.warmup", 10),
         ("schedule.warmup", 0.99),
         ("loop.device", "cuda:3"),

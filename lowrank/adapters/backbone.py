@@ -193,14 +193,17 @@ def start_tokens(
 ) -> Tensor:
     """(length,) tokens to start from: those of the text, over again or cut, or drawn from the vocabulary.
 
-    Raises ValueError where ``init`` is none of vocabulary, text and random, or the text not the model's tokens.
+    Raises ValueError where ``init`` is none of vocabulary, text and random, or the text not the model's tokens, or
+    there for an ``init`` that does not read it.
     """
     vocabulary = len(embeddings(base).weight)
     drawn = torch.randint(0, vocabulary, (length,), generator=generator, device="cpu")
     if choice("init", init, ("vocabulary", "text", "random")) != "text":
+        if text is not None:
+            raise ValueError(f"init_text: a text is not allowed with init={init}; null, or init=text.")
         return drawn
-    if isinstance(text, str) or not text:
-        raise ValueError(f"init_text: {text!r} is not allowed with init=text; the token ids of a text.")
+    if isinstance(text, str) or not isinstance(text, Sequence) or not text:
+        raise ValueError(f"init_text: {text!r} is not allowed with init=text; a text, from Python as its token ids.")
     wrong = [token for token in text if not isinstance(token, int) or not 0 <= token < vocabulary]
     if wrong:
         raise ValueError(f"init_text: token {wrong[0]!r} is not allowed; the model has {vocabulary:,}.")

@@ -54,9 +54,8 @@ def kept(model: nn.Module, result: nn.Module, probe: Tensor) -> Kept:
             whole += squares(wrapped)
             difference = max(difference, float((merged - wrapped).abs().max()))
             scale = max(scale, float(wrapped.abs().max()))
-    if effect <= NOTHING**2 * whole:
-        share = None if lost and trained else 1.0
-    else:
+    share: float | None = 1.0 if not lost or not trained else None  # where there is no effect
+    if effect > NOTHING**2 * whole:
         share = 1 - math.sqrt(lost / effect)
     return Kept(share, difference, scale, math.sqrt(effect / whole) if whole else 0.0)
 

@@ -20,6 +20,8 @@ def positive_integer(name: str, value: object) -> int:
 def positive_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{name}: {value!r} is not allowed; a positive number.")
+    if not 1e-37 < value < 1e37:
+        raise ValueError(f"{name}: {value!r} is not allowed; a positive number within fp32's range.")
     return value
 
 

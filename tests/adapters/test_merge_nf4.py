@@ -191,10 +191,11 @@ def test_a_bias_of_an_nf4_base_is_merged_dense(gpt2: GPT2LMHeadModel) -> None:
     merged, _ = into_nf4(wrapped)
     for path, layer in layers(merged).items():
         site: Any = wrapped.get_submodule(path)
-        assert isinstance(site, Adapted)
+        assert type(site) is Adapted
         assert layer.bias is not None
-        assert torch.equal(layer.bias, site.base.bias)
-        assert layer.bias is not site.base.bias
+        held: Any = site.base.bias
+        assert torch.equal(layer.bias, held)
+        assert layer.bias is not held
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "not kept"])

@@ -122,6 +122,7 @@ def test_an_invalid_regular_expression_is_a_configuration_error(llama: LlamaForC
         ({"r": True}, "adapter.r: True is not allowed; a positive integer."),
         ({"alpha": -1}, "adapter.alpha: -1 is not allowed; a positive number."),
         ({"alpha": float("nan")}, "adapter.alpha: nan is not allowed; a positive number."),
+        ({"alpha": 1e300}, "adapter.alpha: 1e+300 is not allowed; a positive number within fp32's range."),
         ({"dropout": 1.0}, "adapter.dropout: 1.0 is not allowed; a number from 0 up to, but not including, 1."),
         ({"r": "8"}, "adapter.r: '8' is not allowed; a positive integer."),
         ({"rslora": "yes"}, "adapter.rslora: 'yes' is not allowed; true or false."),

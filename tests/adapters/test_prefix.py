@@ -225,7 +225,9 @@ def test_a_prefix_that_the_attention_ignores_is_noticed() -> None:
     ("options", "sentence"),
     [
         ({"init": "words"}, "adapter.init: words is not allowed; one of"),
-        ({"init": "text"}, "adapter.init_text: None is not allowed with init=text; the token ids of a text."),
+        ({"init": "text"}, "adapter.init_text: None is not allowed with init=text; a text, from Python as its"),
+        ({"init": "text", "init_text": 5}, "adapter.init_text: 5 is not allowed with init=text; a text"),
+        ({"init_text": [3]}, "adapter.init_text: a text is not allowed with init=vocabulary; null, or init=text."),
         ({"init": "text", "init_text": [3], "hidden": 4}, "adapter.init: text is not allowed with hidden=4;"),
     ],
 )

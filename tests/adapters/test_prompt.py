@@ -131,7 +131,9 @@ def test_it_starts_from_the_vocabulary_or_with_its_spread(make_llama: Any) -> No
     ("options", "sentence"),
     [
         ({"init": "txt"}, "adapter.init: txt is not allowed; one of"),
-        ({"init": "text"}, "adapter.init_text: None is not allowed with init=text; the token ids of a text."),
+        ({"init": "text"}, "adapter.init_text: None is not allowed with init=text; a text, from Python as its"),
+        ({"init": "text", "init_text": 5}, "adapter.init_text: 5 is not allowed with init=text; a text"),
+        ({"init_text": [3]}, "adapter.init_text: a text is not allowed with init=vocabulary; null, or init=text."),
         ({"init": "text", "init_text": []}, r"adapter.init_text: \[\] is not allowed with init=text"),
         ({"init": "text", "init_text": "hello"}, "adapter.init_text: 'hello' is not allowed with init=text"),
         ({"init": "text", "init_text": [3, 64]}, "adapter.init_text: token 64 is not allowed; the model has 64."),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -27,10 +29,10 @@ from lowrank.quant.nf4 import NF4Linear
 TOKENIZER = byte_tokenizer(adds_bos=True)
 CALIBRATION = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(0))
 LINEAR = {"all-linear": {"r": 4}}
-NF4 = {"to": "nf4", "min_share": None, "calibration": CALIBRATION}
+NF4: Any = {"to": "nf4", "min_share": None, "calibration": CALIBRATION}
 
 
-def reloaded(folder):
+def reloaded(folder: Path) -> Any:
     """By transformers, on bitsandbytes' plain kernel: the one for CPUs with AVX-512 BF16 computes in bf16."""
     with quiet():
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -40,13 +42,15 @@ def reloaded(folder):
     return model.eval()
 
 
-def four_bit(model):
+def four_bit(model: Any) -> dict[str, Any]:
     return {path: m for path, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
-def test_transformers_loads_the_same_bytes_and_logits(kind, quantized, tmp_path, make_base, lora_on, logits_of):
+def test_transformers_loads_the_same_bytes_and_logits(
+    kind: str, quantized: bool, tmp_path: Path, make_base: Any, lora_on: Any, logits_of: Any
+) -> None:
     ours = lora_on(quantize(make_base(kind)) if quantized else make_base(kind), LINEAR)
     before = logits_of(ours)
     report = save_merged(ours, TOKENIZER, tmp_path / "out", **NF4)
@@ -64,7 +68,9 @@ def test_transformers_loads_the_same_bytes_and_logits(kind, quantized, tmp_path,
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_statistics_are_written_as_bitsandbytes_writes_its_own(double, tmp_path, make_base, lora_on):
+def test_statistics_are_written_as_bitsandbytes_writes_its_own(
+    double: bool, tmp_path: Path, make_base: Any, lora_on: Any
+) -> None:
     ours = lora_on(quantize(make_base("llama"), double=double), LINEAR)
     save_merged(ours, TOKENIZER, tmp_path / "out", **NF4)
     theirs = reloaded(tmp_path / "out")
@@ -78,7 +84,7 @@ def test_statistics_are_written_as_bitsandbytes_writes_its_own(double, tmp_path,
     assert {name.removeprefix(f"{q}.") for name in one if name.startswith(f"{q}.")} == names
 
 
-def test_a_bf16_model_computes_in_bf16(tmp_path, make_base, lora_on, logits_of):
+def test_a_bf16_model_computes_in_bf16(tmp_path: Path, make_base: Any, lora_on: Any, logits_of: Any) -> None:
     ours = lora_on(quantize(make_base("gpt2", torch.bfloat16)), LINEAR)
     save_merged(ours, TOKENIZER, tmp_path / "out", **NF4)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -90,7 +96,9 @@ def test_a_bf16_model_computes_in_bf16(tmp_path, make_base, lora_on, logits_of):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_what_is_not_nf4_stays_dense_there(kind, tmp_path, make_base, lora_on, logits_of):
+def test_what_is_not_nf4_stays_dense_there(
+    kind: str, tmp_path: Path, make_base: Any, lora_on: Any, logits_of: Any
+) -> None:
     skipped = {"llama": "o_proj", "gpt2": "c_fc"}[kind]
     ours = lora_on(quantize(make_base(kind), skip=(skipped,)), {**LINEAR, "lm_head": {"r": 2}})
     save_merged(ours, TOKENIZER, tmp_path / "out", **NF4)
@@ -101,19 +109,19 @@ def test_what_is_not_nf4_stays_dense_there(kind, tmp_path, make_base, lora_on, l
     assert (logits_of(theirs) - logits_of(merge(ours, **NF4)[0])).abs().max() <= 1e-5
 
 
-def test_a_tie_stays(tmp_path, make_base, lora_on):
+def test_a_tie_stays(tmp_path: Path, make_base: Any, lora_on: Any) -> None:
     save_merged(lora_on(quantize(make_base("llama")), LINEAR), TOKENIZER, tmp_path / "out", **NF4)
     theirs = reloaded(tmp_path / "out")
     assert theirs.lm_head.weight is theirs.get_input_embeddings().weight
 
 
-def test_our_own_loader_refuses_the_folder_by_what_it_holds(tmp_path, make_base, lora_on):
+def test_our_own_loader_refuses_the_folder_by_what_it_holds(tmp_path: Path, make_base: Any, lora_on: Any) -> None:
     save_merged(lora_on(quantize(make_base("llama")), LINEAR), TOKENIZER, tmp_path / "out", **NF4)
     with pytest.raises(ConfigError, match=r"model.name: the weights in .* are quantised already \(bitsandbytes\)"):
         models.config(SimpleNamespace(kind="hf", name=str(tmp_path / "out"), revision=None))
 
 
-def test_an_adapter_that_would_be_lost_writes_nothing(tmp_path, make_base, lora_on):
+def test_an_adapter_that_would_be_lost_writes_nothing(tmp_path: Path, make_base: Any, lora_on: Any) -> None:
     ours = lora_on(quantize(make_base("llama")), LINEAR)
     for _, site in adapted(ours):
         site.adapter.B.data.mul_(0.01)
@@ -122,7 +130,7 @@ def test_an_adapter_that_would_be_lost_writes_nothing(tmp_path, make_base, lora_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_width_that_blocks_do_not_divide_is_refused(tmp_path, make_llama):
+def test_a_width_that_blocks_do_not_divide_is_refused(tmp_path: Path, make_llama: Any) -> None:
     model = quantize(make_llama())  # 32 wide
     apply(model, plan(model, {"q_proj": LoRA}))
     with pytest.raises(ConfigError, match=r"q_proj is 32 wide, no multiple of 64: .* Use to=dense"):
