@@ -26,7 +26,10 @@ from lowrank import config
 from lowrank.errors import ConfigError, Interrupted, LowrankError, did_you_mean
 from lowrank.rules import unknown_key
 
-MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG}
+MACHINE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
 # What Hydra says of an override → what we say; the most specific first.
 PHRASES = (
     (

@@ -41,7 +41,16 @@ def finite(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Empty where there is no file. Raises RefusedError where it holds no JSON object."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RefusedError(f"{path}: cannot be read: {error}.") from error
+    if not isinstance(found, dict):
+        raise RefusedError(f"{path}: cannot be read: not a JSON object.")
+    return found
 
 
 class Log:

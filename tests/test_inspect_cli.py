@@ -60,6 +60,18 @@ def test_a_run_s_plan_is_the_one_it_was_trained_by(runs: dict[str, Path], capsys
     assert "model.layers.1.self_attn.v_proj" not in methods
 
 
+@pytest.mark.parametrize("name", ["summary.json", "adapter/adapter.json"])
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_file_is_named(
+    name: str, content: str, runs: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(runs["one"], tmp_path / "run")
+    (folder / name).write_text(content)
+    code, text = refused(capsys, "adapter", folder)
+    assert (code, text.count("\n")) == (6, 1)
+    assert text.startswith(f"{folder / name}: cannot be read")
+
+
 def test_two_runs_plans_are_compared(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     done = lowrank("inspect", "plan", str(runs["one"]), str(runs["other"]))
     assert (done.returncode, done.stderr) == (0, "")
@@ -74,8 +86,8 @@ def test_two_runs_plans_are_compared(runs: dict[str, Path], capsys: pytest.Captu
     ("content", "code", "words"),
     [
         (None, 2, "no plan.json there"),
-        ("{", 6, "not a run's plan"),
-        ("[]", 6, "not a run's plan"),
+        ("{", 6, "cannot be read"),
+        ("[]", 6, "cannot be read"),
         ('{"rows": [{"path": 3}], "total_parameters": 1, "notes": []}', 6, "not a run's plan"),
     ],
 )

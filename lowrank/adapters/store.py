@@ -46,7 +46,7 @@ def write(folder: str | Path, plan: InjectionPlan, tensors: Mapping[str, Tensor]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    pair = hashlib.sha256(save(held)).hexdigest()
+    pair = hash_of(held)
     text = json.dumps({"format": 1, **about, "pair": pair, "plan": plan.to_dict()}, indent=1, ensure_ascii=False)
     contents = {TENSORS: save(held, metadata={"format": "pt", "pair": pair}), PLAN: text.encode()}
     for name, content in contents.items():
@@ -54,6 +54,11 @@ def write(folder: str | Path, plan: InjectionPlan, tensors: Mapping[str, Tensor]
     for name in contents:
         os.replace(staged(folder, name), folder / name)
     return folder
+
+
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and values."""
+    return hashlib.sha256(save(dict(tensors))).hexdigest()
 
 
 def staged(folder: Path, name: str) -> Path:
@@ -100,6 +105,8 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise RefusedError(f"{folder / PLAN}: not the plan of an adapter.")
     if pair is not None and pair != about.get("pair", pair):
         raise RefusedError(f"{folder}: {PLAN} and {TENSORS} were not saved together.")
+    if pair is not None and pair != hash_of(tensors):
+        raise RefusedError(f"{folder / TENSORS}: damaged; its values are not those that were saved.")
     return about, tensors
 
 

@@ -125,6 +125,13 @@ def set_option(name: str, value: Any) -> Callable[[Path], None]:
     return edit_plan(lambda about: about["plan"]["rows"][0]["options"].update({name: value}))
 
 
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "adapter.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+
+
 A = "model.embed_tokens.adapter.A"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no plan": (lambda folder: (folder / "adapter.json").unlink(), "no adapter.json there"),
@@ -133,6 +140,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not text": (lambda folder: (folder / "adapter.json").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
     "a list": (lambda folder: (folder / "adapter.json").write_text("[]"), "adapter.json"),
     "torn": (lambda folder: (folder / "adapter.safetensors").write_bytes(b"\0" * 5), "cannot be read"),
+    "a flipped bit": (flip_a_bit, "adapter.safetensors: damaged"),
     "no rows": (edit_plan(lambda about: about["plan"].pop("rows")), "not the plan of an adapter"),
     "an empty list of rows": (edit_plan(lambda about: about["plan"].update(rows=[])), "it has no rows"),
     "rows of another shape": (edit_plan(lambda about: about["plan"].update(rows=3)), "not the plan of an adapter"),
