@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lowrank.errors import ConfigError
 from lowrank.keys import Clock
 from lowrank.quant.nf4 import NF4Linear
 
@@ -20,6 +21,10 @@ LINEAR = (nn.Linear, Conv1D, NF4Linear)
 
 class NotMergeable(TypeError):
     """The wrapped call cannot be written as one dense weight and bias."""
+
+
+class PastTheCall(ConfigError, AttributeError):
+    """A wrapped layer is asked for what the adapter has no part in; to ``hasattr`` it is not there."""
 
 
 class Adapter(nn.Module):
@@ -136,9 +141,21 @@ class Adapted(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             base = self.__dict__.get("_modules", {}).get("base")
-            if base is None or isinstance(base, (*LINEAR, nn.Embedding)):
+            if base is None:
+                raise
+            if isinstance(base, (*LINEAR, nn.Embedding)):
+                if hasattr(base, name):
+                    raise PastTheCall(past(self, name)) from None
                 raise
             return getattr(base, name)
+
+
+def past(site: Adapted, name: str) -> str:
+    parent, size = site.adapter.group.partition(":")[0] or "the model", "×".join(str(n) for n in shape(site.base))
+    return (
+        f"the model reads .{name} of a {size} layer in {parent} itself, past its {type(site.adapter).__name__}, which "
+        f"would be without effect. Leave that layer out (adapter.exclude)."
+    )
 
 
 def dense_weight(base: nn.Module) -> Tensor:

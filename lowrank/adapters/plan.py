@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -54,6 +55,7 @@ def plan(model: nn.Module, rules: Rules, exclude: Sequence[Pattern] = ()) -> Inj
     here. Raises ConfigError where a pattern matches nothing, two patterns claim one site, a pattern matches only
     modules of a kind that the adapter does not take, or an option is unknown or out of range.
     """
+    check_patterns(rules, exclude)
     left_out = {pattern: excluded(model, pattern) for pattern in exclude}
     claimed, meant = claims(model, rules, set().union(*left_out.values()))
     order = [*(path for path, _ in sites(model)), *parameters(model)]
@@ -64,6 +66,16 @@ def plan(model: nn.Module, rules: Rules, exclude: Sequence[Pattern] = ()) -> Inj
     ]
     planned = tuple(claimed[path] for path in dict.fromkeys(order) if path in claimed)
     return InjectionPlan(planned, count(model), (*uncovered(model), *idle))
+
+
+def check_patterns(rules: Rules, exclude: Sequence[Pattern]) -> None:
+    if not isinstance(rules, Mapping):
+        raise ConfigError(f"{WHERE}: {rules!r} is not allowed; a mapping, such as {{'q_proj': LoRA}}.")
+    if isinstance(exclude, str):
+        raise ConfigError(f"{EXCLUDE}: '{exclude}' is not allowed; a list of patterns.")
+    for pattern in (*rules, *exclude):
+        if not isinstance(pattern, (str, type)):
+            raise ConfigError(f"{WHERE}: {pattern!r} is not a pattern; a text or a class of modules.")
 
 
 def claims(model: nn.Module, rules: Rules, left_out: set[str]) -> tuple[dict[str, Row], set[str]]:
@@ -98,6 +110,8 @@ def class_and_options(factory: Factory) -> tuple[type[Adapter], dict[str, Any]]:
     cls, options = (factory.func, dict(factory.keywords)) if isinstance(factory, partial) else (factory, {})
     if not (isinstance(cls, type) and issubclass(cls, Adapter)):
         raise ConfigError(f"{WHERE}: {factory!r} is neither an Adapter class nor functools.partial of one.")
+    if isinstance(factory, partial) and factory.args:
+        raise ConfigError(f"{WHERE}: {cls.__name__}: {factory.args} is not allowed; options have names, such as r=8.")
     allowed = option_names(cls)
     for name in options:
         if name not in allowed:
@@ -142,7 +156,18 @@ def targets(model: nn.Module, pattern: Pattern, adapter: type[Adapter]) -> dict[
             f"{WHERE}: {show(pattern)} matches {path} ({type(module).__name__}), but "
             f"{adapter.__name__} adapts {' and '.join(adapter.sites)} sites only.{hint}"
         )
+    refuse_twins(model, pattern, supported)
     return supported
+
+
+def refuse_twins(model: nn.Module, pattern: Pattern, found: Mapping[str, nn.Module]) -> None:
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for path, module in found.items():
+        if places[id(module)] > 1:
+            raise ConfigError(
+                f"{WHERE}: {show(pattern)} matches {path}, a module that stands at {places[id(module)]} places of this "
+                f"model, and an adapter would be at one of them."
+            )
 
 
 def own_targets(model: nn.Module, pattern: Pattern, adapter: type[Adapter]) -> dict[str, nn.Parameter]:

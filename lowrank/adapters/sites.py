@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -82,7 +83,12 @@ def site_kind(module: nn.Module) -> str:
     """What a module is by itself; what it is to its model, a block or the backbone, only ``kinds`` can say."""
     if isinstance(module, LINEAR):
         return "linear"
-    return "embedding" if isinstance(module, nn.Embedding) else "other"
+    return "embedding" if isinstance(module, nn.Embedding) and looks_up(module) else "other"
+
+
+def looks_up(table: nn.Embedding) -> bool:
+    """Whether it is called with indices alone; OPT's learnt positions are called with a mask and count themselves."""
+    return type(table) is nn.Embedding or len(inspect.signature(type(table).forward).parameters) == 2
 
 
 def kinds(model: nn.Module) -> dict[str, str]:

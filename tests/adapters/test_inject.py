@@ -135,7 +135,10 @@ def test_a_wrapped_site_hides_its_bases_weight(llama: LlamaForCausalLM) -> None:
     apply(llama, plan(llama, {"q_proj": LoRA}))
     wrapped = llama.model.layers[0].self_attn.q_proj
     assert isinstance(wrapped, Adapted)
-    with pytest.raises(AttributeError):
+    with pytest.raises(
+        AttributeError,
+        match=r"the model reads \.weight of a 32×32 layer in model.layers.0.self_attn itself, past its LoRA",
+    ):
         _ = wrapped.weight
 
 

@@ -139,6 +139,28 @@ def test_a_factory_that_is_no_adapter_class_is_an_error(llama: LlamaForCausalLM)
     assert "neither an Adapter class nor functools.partial of one" in refused(llama, rules)
 
 
+@pytest.mark.parametrize(
+    ("rules", "exclude", "text"),
+    [
+        ("q_proj", (), "'q_proj' is not allowed; a mapping"),
+        ({5: LoRA}, (), "5 is not a pattern"),
+        ({"q_proj": LoRA}, "q_proj", "adapter.exclude: 'q_proj' is not allowed; a list of patterns."),
+        ({"q_proj": LoRA}, (None,), "None is not a pattern"),
+        ({"q_proj": partial(LoRA, 4)}, (), r"LoRA: \(4,\) is not allowed; options have names, such as r=8\."),
+    ],
+)
+def test_what_is_no_rule_is_an_error(llama: LlamaForCausalLM, rules: Any, exclude: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        plan(llama, rules, exclude)
+
+
+def test_a_module_at_two_places_is_refused_because_one_of_them_would_be_bare() -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.Linear(4, 4), layer)
+    assert "'0' matches 0, a module that stands at 2 places" in refused(model, {"0": LoRA})
+    assert [row.path for row in plan(model, {"1": LoRA}).rows] == ["1"]
+
+
 def test_counts_are_those_of_the_adapters_that_apply_builds(model: nn.Module) -> None:
     rules: Rules = {"all-linear": partial(LoRA, r=3), "embedding": partial(LoRA, r=2)}
     made = plan(model, rules)

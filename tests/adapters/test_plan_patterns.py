@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from lowrank.adapters import Adapter, Full, LoRA
 from lowrank.adapters.inject import adapter_state, apply, current_plan, named_trainable, remove
@@ -64,6 +64,13 @@ def test_a_list_of_layers_is_no_list_of_blocks() -> None:
     assert paths(nn.Sequential(stack), {"all-linear": LoRA}) == ["0.0", "0.1"]
     text = refused(nn.Sequential(stack), {"all-linear@0": LoRA})
     assert text == "adapter.targets: 'all-linear@0': no layer 0 in Sequential; there is no list of blocks."
+
+
+def test_learnt_positions_that_are_called_with_a_mask_are_no_embedding_to_adapt() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48}
+    model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=1, num_attention_heads=4)).eval()
+    assert paths(model, {"embedding": LoRA}) == ["model.decoder.embed_tokens"]
+    assert "OPTLearnedPositionalEmbedding" in refused(model, {"embed_positions": LoRA})
 
 
 def test_blocks_are_the_decoders_not_those_of_what_stands_before_it(llama: LlamaForCausalLM) -> None:
