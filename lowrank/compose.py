@@ -177,7 +177,7 @@ def malformed(error: refusals.OverrideParseException) -> str:
     reason = str(error).split("\nSee https")[0].split("\n")
     detail = next((line for line in reason if not line.startswith(("Error parsing", "LexerNoViable", " "))), "")
     advice = "Write key=value, and quote a value with special characters: \"key='a, b'\"."
-    if re.search(r"\{\s*['\"]", error.override):
+    if re.search(r"""\{\s*['"]|,\s*(['"])[^'"]*\1\s*:""", error.override):
         advice = "Write a mapping's keys without quotes: 'adapter.targets={*.q_proj:{r:8}}'."
     return f"{error.override}: not a valid override{f' ({detail})' if detail else ''}. {advice}"
 

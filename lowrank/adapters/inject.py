@@ -50,6 +50,8 @@ def apply(
             "(name=…) another one stands beside them."
         )
     adapters = built(model, plan, seed, filled=state is not None)
+    if name is not None:
+        refuse_own_parameters(plan, name)  # before a value of the base is overwritten
     if state is not None:
         fill(state_of(model, plan, adapters), state)
     return (
@@ -62,17 +64,27 @@ def beside(model: Model, plan: InjectionPlan, adapters: dict[str, Adapter], cloc
     bare = dict(sites(model))
     for row in plan.rows:
         with torch.no_grad():
-            if row.path not in adapters or adapters[row.path].rebased(bare[row.path]) is not bare[row.path]:
-                raise ConfigError(
-                    f"{row.path}: {row.method} changes the base itself, which adapters with names share: name={name} "
-                    f"is not possible."
-                )
+            if adapters[row.path].rebased(bare[row.path]) is not bare[row.path]:
+                raise changes_base(row, name)
     if next(adapted(model), None) is None:
         model.requires_grad_(False)
     for row in plan.rows:
         adapters[row.path].clock, adapters[row.path].group = clock or Adapter.clock, row.group
     enter(model, name, adapters, {row.path: row.options for row in plan.rows})
     return model
+
+
+def refuse_own_parameters(plan: InjectionPlan, name: str) -> None:
+    for row in plan.rows:
+        if names_parameter(row):
+            raise changes_base(row, name)
+
+
+def changes_base(row: Row, name: str) -> ConfigError:
+    return ConfigError(
+        f"{row.path}: {row.method} changes the base itself, which adapters with names share: name={name} is not "
+        f"possible."
+    )
 
 
 def built(model: nn.Module, plan: InjectionPlan, seed: int, *, filled: bool = False) -> dict[str, Adapter]:

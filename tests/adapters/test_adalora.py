@@ -114,7 +114,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"alpha": 0}, "alpha: 0 is not allowed; a positive number."),
     ({"dropout": 1}, "dropout: 1 is not allowed; a number from 0 up to, but not including, 1."),
     ({"tinit": 200}, "tinit: 200 is not allowed; a fraction of the run, from 0 up to, but not including, 1."),
-    ({"tfinal": "a"}, "tfinal: a is not allowed; a fraction of the run, from 0 up to, but not including, 1."),
+    ({"tfinal": "a"}, "tfinal: 'a' is not allowed; a fraction of the run, from 0 up to, but not including, 1."),
     ({"tinit": 0.4, "tfinal": 0.6}, "tfinal: 0.6 is not allowed; with tinit 0.4, less than 0.6."),
     ({"delta_t": 0}, "delta_t: 0 is not allowed; a positive integer."),
     ({"beta1": 0}, "beta1: 0 is not allowed; a number between 0 and 1."),

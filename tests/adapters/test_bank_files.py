@@ -126,6 +126,7 @@ def test_what_cannot_stand_beside_others_is_refused_with_nothing_changed(
 ) -> None:
     model = together(make_llama, tmp_path, "ab")
     modules, grads = dict(model.named_modules()), requires_grad(model)
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
     quantized = quantize(make_llama(), "nf4")
     others: dict[str, tuple[Any, type[Exception], str]] = {
         "a": (folder(make_llama, "b", tmp_path), ConfigError, "an adapter 'a' is on the model already"),
@@ -157,6 +158,7 @@ def test_what_cannot_stand_beside_others_is_refused_with_nothing_changed(
         load_adapter(model, folder(make_llama, "b", tmp_path))
     assert dict(model.named_modules()) == modules
     assert requires_grad(model) == grads
+    assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
 
 
 def test_nothing_can_stand_beside_an_adapter_that_changed_its_base(make_llama: Make, tmp_path: Path) -> None:
