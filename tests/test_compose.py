@@ -55,6 +55,11 @@ def test_a_misspelt_key_reads_the_same_however_it_is_given(override: str) -> Non
         ("loop.seed", "loop.seed: not a valid override (missing EQUAL at '<EOF>'). Write key=value"),
         ("loop.seed=[1", "loop.seed=[1: not a valid override (no viable alternative at input '[1'). Write key=value"),
         ("adapter.targets={'q':{r:8}}", "adapter.targets={'q':{r:8}}: not a valid override"),
+        (
+            "adapter.targets={a:{r:8},'*':{r:4}}",
+            "adapter.targets={a:{r:8},'*':{r:4}}: not a valid override (no viable alternative at input "
+            "'{a:{r:8},'*''). Write a mapping's keys without quotes",
+        ),
         ("loop.seed=1,2", "loop.seed: '1,2' is several values. Add -m to run one job for each, or write a list"),
         ("loop.seed=range(1,3)", "loop.seed: 'range(1,3)' is several values. Add -m to run one job for each."),
         ("+loop.seed=3", "loop.seed: there already. Write it without '+'."),

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapted, Adapter, NotMergeable
+from lowrank.adapters.methods.update import owns
 from lowrank.adapters.route import Route, Switched, choice
 from lowrank.adapters.sites import TRAINED, adapted, replace, site_kind, sites
-from lowrank.adapters.update import owns
 from lowrank.errors import ConfigError, did_you_mean
 from lowrank.keys import Clock
 

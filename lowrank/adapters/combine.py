@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from lowrank.adapters.algebra import Factors, cut, dare, difference, norm, relative, ties, truncated
-from lowrank.adapters.lora import LoRA
-from lowrank.adapters.options import positive_integer
+from lowrank.adapters.methods.lora import LoRA
+from lowrank.adapters.methods.options import positive_integer
 from lowrank.adapters.plan import InjectionPlan, Row, dotted
 from lowrank.adapters.rank import of_rank, on_original_base, scale_of
 from lowrank.adapters.store import PLAN, read, read_plan, write

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters.base import Adapted, dense_weight
+from lowrank.adapters.bank import Bank
+from lowrank.adapters.base import LINEAR, Adapted, dense_weight
 from lowrank.adapters.effect import Kept, Tokens, kept, random_tokens, table, weight_before
 from lowrank.adapters.kind import like, standing_for
 from lowrank.adapters.requantise import Calibration, begun, merged_parts, places
-from lowrank.adapters.sites import TRAINED, adapted, sites, walk
+from lowrank.adapters.sites import TRAINED, adapted, replace, sites, walk
 from lowrank.errors import ConfigError, RefusedError, did_you_mean
 from lowrank.quant.nf4 import NF4Linear
 
@@ -94,6 +95,8 @@ def merge(
     argument is none of the above.
     """
     refuse_unknown(to, method, min_share)
+    if any(site.bypassed for _, site in adapted(model)):
+        raise ConfigError("merge: the adapters are disabled here; merge them outside of lowrank.disable.")
     config = getattr(model, "config", None)
     probe = random_tokens(config) if probe is None and config is not None else probe
     asked = None if probe is None else table(probe)
@@ -113,7 +116,7 @@ def figures(found: Kept | None) -> tuple[float | None, float | None, float | Non
 
 @torch.no_grad()
 def dense(model: Model) -> tuple[Model, tuple[MergedSite, ...], tuple[str, ...]]:
-    dtype, wrapped = model_dtype(model), dict(adapted(model))
+    dtype, wrapped = model_dtype(model), in_use(model)
     made = {path: plain(path, site, dtype) for path, site in wrapped.items()}
     return copied(model, made), tuple(row(path, wrapped[path], new) for path, new in made.items()), ()
 
@@ -125,7 +128,7 @@ def requantised(
     """The model with its NF4 layers rounded anew, and its other sites dense."""
     if method == "best" and calibration is None:
         raise ConfigError("merge: method=best needs token ids to calibrate on (calibration=…); or choose method=naive.")
-    dtype, chosen, wrapped = model_dtype(model), places(model), dict(adapted(model))
+    dtype, chosen, wrapped = model_dtype(model), places(model), in_use(model)
     wanted = {path: m for path, m in walk(model) if path in chosen and not isinstance(m, NF4Linear)}
     quantised = {path: begun(path, module, dtype, method) for path, module in wanted.items()}
     others = {path: plain(path, site, dtype) for path, site in wrapped.items() if path not in chosen}
@@ -139,6 +142,17 @@ def requantised(
             quantised[path].fill(merged_parts(path, wanted[path])[0])
         notes = (f"no calibration token reaches {len(missed)} layers: rounded naively",) if missed else ()
     return result, tuple(row(path, site, made[path], shares.get(path)) for path, site in wrapped.items()), notes
+
+
+def in_use(model: nn.Module) -> dict[str, Adapted]:
+    """The sites to merge: all but a block's or backbone's bank of which no adapter is chosen."""
+    return {
+        path: site
+        for path, site in adapted(model)
+        if isinstance(site.base, (*LINEAR, nn.Embedding))
+        or not isinstance(site.adapter, Bank)
+        or site.adapter.chosen() is not None
+    }
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
@@ -165,6 +179,8 @@ def copied(model: Model, made: dict[str, nn.Module]) -> Model:
     here = dict(walk(model))
     memo: dict[int, Any] = {id(here[path]): module for path, module in made.items()}
     result = copy.deepcopy(model, memo)  # deepcopy takes what the memo already holds
+    for path, site in reversed(list(adapted(result))):  # banks that are not in use
+        replace(result, path, site.base)
     result.requires_grad_(False)
     return result
 

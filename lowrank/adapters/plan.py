@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -261,7 +262,11 @@ def stand_in(module: nn.Module) -> nn.Module:
 
 
 def dotted(cls: type[Adapter]) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    """The shortest path that the class is imported by: what was saved still loads when a file moves in its package."""
+    parts = cls.__module__.split(".")
+    packages = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+    home = next((p for p in packages if getattr(sys.modules.get(p), cls.__qualname__, None) is cls), cls.__module__)
+    return f"{home}.{cls.__qualname__}"
 
 
 def resolve(name: str) -> type[Adapter]:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lowrank.adapters.bank import Bank, Held, held, which
 from lowrank.adapters.base import Adapter
-from lowrank.adapters.dora import DoRA
-from lowrank.adapters.init import default
-from lowrank.adapters.lora import LoRA
-from lowrank.adapters.options import positive_integer
+from lowrank.adapters.methods.dora import DoRA
+from lowrank.adapters.methods.init import default
+from lowrank.adapters.methods.lora import LoRA
+from lowrank.adapters.methods.options import positive_integer
 from lowrank.adapters.rank import of_rank
 from lowrank.adapters.sites import Pattern, matched, show, suggestion
 from lowrank.errors import ConfigError

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from lowrank.adapters.base import shape
-from lowrank.adapters.ia3 import IA3
-from lowrank.adapters.loha import LoHa
-from lowrank.adapters.lokr import LoKr
-from lowrank.adapters.oft import OFT
-from lowrank.adapters.vera import VeRA
+from lowrank.adapters.methods.ia3 import IA3
+from lowrank.adapters.methods.loha import LoHa
+from lowrank.adapters.methods.lokr import LoKr
+from lowrank.adapters.methods.oft import OFT
+from lowrank.adapters.methods.vera import VeRA
 from lowrank.errors import RefusedError
 from lowrank.export.peft_config import (
     ALPHAS,

@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters.adalora import AdaLoRA
 from lowrank.adapters.base import Adapter, shape
-from lowrank.adapters.dora import DoRA
-from lowrank.adapters.loha import LoHa
-from lowrank.adapters.lokr import LoKr
-from lowrank.adapters.lora import LoRA
+from lowrank.adapters.methods.adalora import AdaLoRA
+from lowrank.adapters.methods.dora import DoRA
+from lowrank.adapters.methods.loha import LoHa
+from lowrank.adapters.methods.lokr import LoKr
+from lowrank.adapters.methods.lora import LoRA
+from lowrank.adapters.methods.vera import VeRA
 from lowrank.adapters.sites import site_kind
-from lowrank.adapters.vera import VeRA
 from lowrank.errors import ConfigError, RefusedError
 from lowrank.export.peft_config import (
     ALPHAS,

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lowrank.adapters.prefix import Prefix
-from lowrank.adapters.prompt import Prompt
+from lowrank.adapters.methods.prefix import Prefix
+from lowrank.adapters.methods.prompt import Prompt
 from lowrank.export.peft_config import Field, count
 from lowrank.export.peft_format import Folder, Format, Site, Tensors
 

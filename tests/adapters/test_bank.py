@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import lowrank
-from lowrank.adapters import AdaLoRA, Bottleneck, Full, LoRA, Prefix, Prompt, VeRA
+from lowrank.adapters import AdaLoRA, Adapted, Bottleneck, Full, LoRA, NotMergeable, Prefix, Prompt, VeRA
 from lowrank.adapters.inject import adapter_state, apply, hooks, named_trainable
 from lowrank.adapters.plan import Rules, plan
 from lowrank.adapters.sites import adapted
@@ -168,6 +168,14 @@ def test_methods_of_blocks_and_backbones_are_used_for_the_whole_batch(
         lowrank.use(model, ["whole", "a"])
     with lowrank.use(model, ["a", None]):  # it is resident, and in nobody's way
         assert furthest(logits(model, tokens)[1], logits(make_llama(), tokens)[1]) <= 1e-6
+    with lowrank.use(model, "a"):  # nor in that of a merge
+        merged, _ = lowrank.merge(model)
+        assert furthest(logits(merged, tokens), logits(model, tokens)) <= 1e-5
+    assert not any(isinstance(module, Adapted) for module in merged.modules())
+    with lowrank.use(model, "whole"), pytest.raises(NotMergeable):
+        lowrank.merge(model)
+    with lowrank.disable(first), pytest.raises(ConfigError, match="disabled"):
+        lowrank.merge(first)
 
 
 # Training

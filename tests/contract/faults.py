@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters import Adapter
 from lowrank.adapters.base import shape
-from lowrank.adapters.dropout import drop
+from lowrank.adapters.methods.dropout import drop
 
 SCALE = 2.0
 

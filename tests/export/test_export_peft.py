@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lowrank.adapters import Adapter, LoRA
-from lowrank.adapters.full import Full
 from lowrank.adapters.inject import apply
+from lowrank.adapters.methods.full import Full
 from lowrank.adapters.plan import plan
 from lowrank.adapters.sites import adapted
 from lowrank.errors import ConfigError

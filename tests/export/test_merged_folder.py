@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters import Adapter, LoRA
-from lowrank.adapters.full import Full
 from lowrank.adapters.inject import apply
+from lowrank.adapters.methods.full import Full
 from lowrank.adapters.plan import plan
 from lowrank.adapters.sites import adapted
 from lowrank.errors import ConfigError

@@ -8,10 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapter, shape
-from lowrank.adapters.budget import RankAllocator, Schedule, Triplets
-from lowrank.adapters.dropout import mask_of
-from lowrank.adapters.options import fraction, not_negative, positive_integer, positive_number, probability, smoothing
-from lowrank.adapters.update import LowRankUpdate, owns
+from lowrank.adapters.methods.budget import RankAllocator, Schedule, Triplets
+from lowrank.adapters.methods.dropout import mask_of
+from lowrank.adapters.methods.options import (
+    fraction,
+    not_negative,
+    positive_integer,
+    positive_number,
+    probability,
+    smoothing,
+)
+from lowrank.adapters.methods.update import LowRankUpdate, owns
 
 
 class AdaLoRA(Adapter):

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
 from lowrank.adapters import Adapted, LoRA
-from lowrank.adapters.dropout import dropped_positions
 from lowrank.adapters.inject import apply
+from lowrank.adapters.methods.dropout import dropped_positions
 from lowrank.adapters.plan import plan
 from lowrank.keys import Clock
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapter, dense_weight
-from lowrank.adapters.dropout import mask_of
-from lowrank.adapters.init import INITS, residual, start
 from lowrank.adapters.kind import like, standing_for
-from lowrank.adapters.options import choice, flag, positive_integer, positive_number, probability
-from lowrank.adapters.update import LowRankUpdate, owns
+from lowrank.adapters.methods.dropout import mask_of
+from lowrank.adapters.methods.init import INITS, residual, start
+from lowrank.adapters.methods.options import choice, flag, positive_integer, positive_number, probability
+from lowrank.adapters.methods.update import LowRankUpdate, owns
 from lowrank.quant.nf4 import NF4Linear
 
 
@@ -24,7 +24,7 @@ class LoRA(Adapter):
     the update the same for every rank. ``dropout`` is applied to x on the adapter's side only. On an embedding
     x is one-hot, so A x is a look-up of A's columns; dropout does not apply there.
 
-    ``init`` is one of ``lowrank.adapters.init``: default, gaussian, orthogonal, zeros (A zero, B drawn), or pissa,
+    ``init`` is one of those in init.py beside this: default, gaussian, orthogonal, zeros (A zero, B drawn), or pissa,
     olora and loftq, which start from W: the base then becomes W − s·B0 A0 (over NF4 quantised anew; loftq makes an
     NF4 base of a dense one), with A0 and B0 kept in the adapter's file so that the same base is found again.
     ``freeze_a`` trains B alone (LoRA-FA, arXiv 2308.03303): nothing of x's width is then kept for backward.

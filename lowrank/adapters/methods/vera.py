@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapter, shape
-from lowrank.adapters.dropout import mask_of
-from lowrank.adapters.options import positive_integer, positive_number, probability
-from lowrank.adapters.update import LowRankUpdate, owns
+from lowrank.adapters.methods.dropout import mask_of
+from lowrank.adapters.methods.options import positive_integer, positive_number, probability
+from lowrank.adapters.methods.update import LowRankUpdate, owns
 
 
 class VeRA(Adapter):

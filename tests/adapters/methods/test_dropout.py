@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank.adapters.dropout import drop, dropped_positions
+from lowrank.adapters.methods.dropout import drop, dropped_positions
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from peft import AdaLoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lowrank.adapters import AdaLoRA
-from lowrank.adapters.budget import Schedule
+from lowrank.adapters.methods.budget import Schedule
 from lowrank.keys import key
 
 SHAPES = {"q": (12, 16), "v": (6, 16), "up": (20, 10)}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lowrank.adapters.base import Adapted
-from lowrank.adapters.cached import CACHE, OLD_CACHE
-from lowrank.adapters.options import choice, positive_integer
+from lowrank.adapters.methods.cached import CACHE, OLD_CACHE
+from lowrank.adapters.methods.options import choice, positive_integer
 from lowrank.errors import ConfigError
 
 

@@ -14,8 +14,8 @@ from peft import LoraConfig, VeraConfig
 from torch import Tensor, nn
 
 from lowrank.adapters import DoRA, LoRA, VeRA
-from lowrank.adapters.dropout import Dropped
 from lowrank.adapters.inject import apply
+from lowrank.adapters.methods.dropout import Dropped
 from lowrank.adapters.plan import plan
 from lowrank.adapters.sites import adapted
 from lowrank.keys import Clock

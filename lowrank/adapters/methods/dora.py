@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.base import dense_weight
-from lowrank.adapters.dropout import Dropped, mask_of
-from lowrank.adapters.lora import LoRA
+from lowrank.adapters.methods.dropout import Dropped, mask_of
+from lowrank.adapters.methods.lora import LoRA
 
 
 class DoRA(LoRA):

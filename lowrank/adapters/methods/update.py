@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from lowrank.adapters.base import LINEAR
-from lowrank.adapters.dropout import drop
+from lowrank.adapters.methods.dropout import drop
 
 
 def owns(base: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lowrank.adapters import LoKr
-from lowrank.adapters.lokr import divided
+from lowrank.adapters.methods.lokr import divided
 from lowrank.adapters.plan import plan
 from lowrank.errors import ConfigError
 from lowrank.models.tiny import tiny_llama

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapter, shape
-from lowrank.adapters.options import flag
+from lowrank.adapters.methods.options import flag
 
 
 class IA3(Adapter):

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lowrank.adapters.backbone import Call, allowed_length, embeddings, start_tokens
 from lowrank.adapters.base import Adapter
-from lowrank.adapters.cached import cache_layers, cached, cached_shape, compute_dtype
-from lowrank.adapters.options import positive_integer
+from lowrank.adapters.methods.backbone import Call, allowed_length, embeddings, start_tokens
+from lowrank.adapters.methods.cached import cache_layers, cached, cached_shape, compute_dtype
+from lowrank.adapters.methods.options import positive_integer
 from lowrank.errors import ConfigError
 
 SPREAD = 0.1  # of a random start: of 1, a SmolLM2's loss starts at three times the base's

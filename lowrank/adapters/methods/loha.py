@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapter, shape
-from lowrank.adapters.options import positive_integer, positive_number
-from lowrank.adapters.update import LowRankUpdate, owns
+from lowrank.adapters.methods.options import positive_integer, positive_number
+from lowrank.adapters.methods.update import LowRankUpdate, owns
 
 
 class LoHa(Adapter):

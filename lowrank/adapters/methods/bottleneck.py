@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapter, shape
-from lowrank.adapters.options import choice, positive_integer
+from lowrank.adapters.methods.options import choice, positive_integer
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}

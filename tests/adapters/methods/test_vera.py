@@ -15,9 +15,9 @@ from lora_sites import IN, OUT, bias_of, saved_storages, x_of
 from torch import Tensor, nn
 
 from lowrank.adapters import Adapted, VeRA, dense_weight
-from lowrank.adapters.dropout import dropped_positions
 from lowrank.adapters.inject import adapter_state, apply, current_plan, named_trainable, remove
 from lowrank.adapters.merge import merge
+from lowrank.adapters.methods.dropout import dropped_positions
 from lowrank.adapters.plan import plan
 from lowrank.adapters.sites import adapted
 from lowrank.adapters.store import load_adapter, save_adapter

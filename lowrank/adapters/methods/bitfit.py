@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowrank.adapters.full import Full
+from lowrank.adapters.methods.full import Full
 
 
 class BitFit(Full):

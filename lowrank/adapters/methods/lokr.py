@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapter, shape
-from lowrank.adapters.options import positive_integer, positive_number
+from lowrank.adapters.methods.options import positive_integer, positive_number
 
 
 class LoKr(Adapter):

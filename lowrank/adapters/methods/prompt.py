@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.adapters.backbone import Call, allowed_length, embeddings, start_tokens
 from lowrank.adapters.base import Adapter
-from lowrank.adapters.cached import cache_layers
+from lowrank.adapters.methods.backbone import Call, allowed_length, embeddings, start_tokens
+from lowrank.adapters.methods.cached import cache_layers
 from lowrank.errors import ConfigError
 
 STARTS = ("random", "vocabulary", "text")
