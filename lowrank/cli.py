@@ -228,8 +228,10 @@ def evaluate(arguments: Any) -> None:
 
 
 def export(arguments: Any) -> None:
+    from lowrank.export.merged import refuse_occupied
     from lowrank.export.peft import export_peft
 
+    refuse_occupied(arguments.folder)
     run = opened(arguments)
     print(export_peft(run.model, arguments.folder, base_name=run.config.model.name))
 

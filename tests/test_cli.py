@@ -114,6 +114,8 @@ def test_an_exported_adapter_is_what_peft_loads(
     theirs = logits(PeftModel.from_pretrained(base, tmp_path / "peft").eval())
     assert (ours - theirs).abs().max() <= 1e-5
     assert (ours - untouched).abs().max() > 1e-2
+    assert refused(["export", str(folder), str(folder)]) == 2  # not over a run
+    assert "not empty" in capsys.readouterr().err
 
 
 def test_a_merged_folder_is_a_plain_transformers_model(folder: Path, tmp_path: Path) -> None:

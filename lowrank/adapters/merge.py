@@ -230,7 +230,7 @@ def refuse_lost(report: MergeReport, to: str, min_share: float | None) -> None:
     if report.share is None:
         raise RefusedError(f"merge: how much of the training survives in nf4 cannot be measured here; {anyway}.")
     if not report.share >= min_share:  # also where it is nan
-        other = "to=dense keeps it" if to == "nf4" else "a base in fp32 keeps it"
+        other = "to=dense keeps it" if to == "nf4" else "a base in bf16 or fp16 loses what one in fp32 keeps"
         raise RefusedError(
             f"merge: only a share of {report.share:.3f} of the adapter's effect would survive (min_share {min_share}); "
             f"{other}, {anyway}."

@@ -270,8 +270,9 @@ def dotted(cls: type[Adapter]) -> str:
 
 
 def resolve(name: str) -> type[Adapter]:
-    """The Adapter class that a plan's row names by its dotted path."""
+    """The Adapter class that a plan's row names by its dotted path; one of ours, in whichever file it was then."""
     module, _, attribute = name.rpartition(".")
+    module = "lowrank.adapters" if module.startswith("lowrank.adapters.") else module
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:

@@ -222,3 +222,15 @@ def test_a_crash_while_saving_again_never_leaves_a_mix(
         return
     assert [row.options["alpha"] for row in current_plan(loaded).rows] == [1.0, 1.0]
     assert all(torch.equal(t, wanted[name]) for name, t in adapter_state(loaded).items())
+
+
+def test_a_method_of_ours_is_found_whichever_file_it_was_in_when_it_was_saved(
+    make_llama: Callable[..., LlamaForCausalLM], tokens: Tensor, tmp_path: Path
+) -> None:
+    wrapped = trained(make_llama())
+    save_adapter(wrapped, tmp_path)
+    file = tmp_path / "adapter.json"
+    written = file.read_text(encoding="utf-8")
+    assert '"lowrank.adapters.LoRA"' in written
+    file.write_text(written.replace("lowrank.adapters.LoRA", "lowrank.adapters.lora.LoRA"), encoding="utf-8")
+    assert torch.equal(logits(load_adapter(make_llama(), tmp_path), tokens), logits(wrapped, tokens))
