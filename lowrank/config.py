@@ -67,6 +67,7 @@ class Data:
     seed: int
     train_on: str
     on_empty: str
+    on_malformed: str = "error"
     path: str | None = None
     eval_path: str | None = None
     fields: Fields = field(default_factory=Fields)
@@ -101,6 +102,12 @@ class Loop:
     seed: int
     gradient_checkpointing: bool
     fast: bool = True
+    max_seconds: float | None = None
+    on_nonfinite: str = "stop"
+    max_skipped: int = 10  # batches in a row
+    trace_nonfinite: bool = False
+    average: float | None = None  # decay of the weights' running average
+    patience: int | None = None  # evaluations without a better held-out loss
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,7 @@ class Checkpoint:
     keep: int
     resume: bool
     allow: list[str]
+    background: bool = False
 
 
 @dataclass(frozen=True)

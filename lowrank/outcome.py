@@ -1,4 +1,4 @@
-"""What a finished run leaves of its adapters: themselves, and what they have learnt."""
+"""What a run leaves: its adapters, what they have learnt, and the figures of its summary."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowrank import directory
 from lowrank.adapters import store
+from lowrank.assemble import Data, Loaded, Parts
 from lowrank.directory import Log
 from lowrank.errors import ConfigError
 from lowrank.export.peft import export_peft
+from lowrank.identity import versions
 from lowrank.inspect import spectra
+from lowrank.models.fingerprint import base_id
+from lowrank.train.loop import State, peak_memory_mb
 
 CHEAP = 6e8  # multiplications for a site's singular values: SmolLM2's largest layer, whatever the method
 
@@ -33,3 +39,32 @@ def write_spectra(model: Any, path: Path, log: Log) -> None:
         log.say(f"no {path.name}:\n{traceback.format_exc()}")
         return
     directory.write_json(path, found)
+
+
+def course(state: State, parts: Parts) -> dict[str, Any]:
+    """The training steps in figures."""
+    return {
+        "steps": state.step,
+        "seconds": state.seconds,
+        "real_tokens": state.real_tokens,
+        "target_tokens": state.target_tokens,
+        "tokens_per_s": state.real_tokens / state.seconds if state.seconds else None,
+        "peak_memory_mb": peak_memory_mb(parts.device),
+        "trainable_parameters": parts.plan.trainable_parameters,
+        "total_parameters": parts.plan.total_parameters,
+    }
+
+
+def conditions(parts: Parts, loaded: Loaded, data: Data, base: dict[str, str]) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "seed": parts.config.loop.seed,
+        "precision": parts.precision,
+        "device": str(parts.device),
+        "threads": torch.get_num_threads(),
+        "fast": loaded.fast,
+        "packed": loaded.collate.__name__ == "pack",
+        "base": base_id(base),
+        "data": {"name": data.split.name, "sha256": data.split.sha256},
+        "versions": versions(),
+    }

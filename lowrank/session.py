@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from lowrank import assemble, classes, directory, outcome
+from lowrank import assemble, classes, directory, outcome, resuming
 from lowrank.adapters import preflight
 from lowrank.adapters.inject import adapter_state, apply, hooks, named_trainable
 from lowrank.adapters.sites import adapted
 from lowrank.assemble import Data, Loaded, Parts
 from lowrank.directory import Log
 from lowrank.disk import write_text
-from lowrank.errors import Interrupted, NumericsError, RefusedError
+from lowrank.errors import Interrupted, NumericsError
 from lowrank.evaluate import Evaluation, PeriodicEvaluation
-from lowrank.identity import identity, versions
+from lowrank.identity import identity
 from lowrank.keys import Clock
 from lowrank.models.cache import cache
 from lowrank.models.fingerprint import base_id, fingerprint
@@ -25,7 +25,7 @@ from lowrank.report import run as report
 from lowrank.track import tracker
 from lowrank.train import checkpoint, optim
 from lowrank.train.hooks import join, split
-from lowrank.train.loop import Loop, State, peak_memory_mb
+from lowrank.train.loop import Loop, State
 from lowrank.train.loss import target_logits, target_loss
 from lowrank.train.metrics import MethodEvents, Metrics
 from lowrank.train.precision import Precision
@@ -51,33 +51,10 @@ class Session:
             device=parts.device.type,
             fast=loaded.fast,
         )
-        self.saved = self.checkpoint_to_resume()
+        self.saved = resuming.saved(self.config.checkpoint, folder, self.identity, log)
         self.evaluator = assemble.evaluator(self.config, parts, data, loaded)
         self.order = assemble.batches(self.config, data, loaded.collate)
         self.steps, self.schedule = assemble.steps_and_schedule(self.config, self.order)
-
-    def checkpoint_to_resume(self) -> checkpoint.Saved | None:
-        if not self.config.checkpoint.resume:
-            return None
-        path, wrong = checkpoint.newest(self.folder / directory.CHECKPOINTS)
-        for fault in wrong:
-            self.log.say(f"{fault}; using {path.name if path else 'none'}.")
-        if path is None:
-            if wrong:
-                raise RefusedError(f"{self.folder}: no checkpoint verifies, so there is nothing to resume from.")
-            self.log.say("nothing to resume from; starting at step 1")
-            return None
-        saved = checkpoint.read(path)
-        changed = checkpoint.differences(saved.state["identity"], self.identity)
-        allowed = self.config.checkpoint.allow
-        refused = {
-            name: how for name, how in changed.items() if name not in allowed and name.split(".")[0] not in allowed
-        }
-        if refused:
-            what = "; ".join(f"{name} {how}" for name, how in refused.items())
-            raise RefusedError(f"resume refused: {what}. To accept: 'checkpoint.allow=[{','.join(refused)}]'.")
-        self.log.say(f"resuming after step {saved.state['loop']['step']} from {path}")
-        return saved
 
     @property
     def finished(self) -> bool:
@@ -253,30 +230,13 @@ class Session:
 
     def summarise(self, status: str, before: Evaluation | None, after: Evaluation | None, error: str = "") -> None:
         """summary.json and report.html."""
-        state, result = self.loop.state, dict(after.metrics) if after else None
         gain = self.evaluator.gain(before, after) if after else None
-        if result is not None and gain is not None:
-            result["rougeL_gain"] = gain
+        result = {**after.metrics, **({"rougeL_gain": gain} if gain is not None else {})} if after else None
         summary = {
             "status": status,
-            "steps": state.step,
-            "seconds": state.seconds,
-            "real_tokens": state.real_tokens,
-            "target_tokens": state.target_tokens,
-            "tokens_per_s": state.real_tokens / state.seconds if state.seconds else None,
-            "peak_memory_mb": peak_memory_mb(self.parts.device),
-            "trainable_parameters": self.parts.plan.trainable_parameters,
-            "total_parameters": self.parts.plan.total_parameters,
+            **outcome.course(self.loop.state, self.parts),
             "eval": {"before": before.metrics if before else None, "after": result},
-            "seed": self.config.loop.seed,
-            "precision": self.parts.precision,
-            "device": str(self.parts.device),
-            "threads": torch.get_num_threads(),
-            "fast": self.loaded.fast,
-            "packed": self.loaded.collate.__name__ == "pack",
-            "base": base_id(self.base),
-            "data": {"name": self.data.split.name, "sha256": self.data.split.sha256},
-            "versions": versions(),
+            **outcome.conditions(self.parts, self.loaded, self.data, self.base),
             **({"command": self.command} if self.command else {}),
             **({"error": error} if error else {}),
         }

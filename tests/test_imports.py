@@ -14,7 +14,7 @@ GROUND = ("errors", "keys", "quant")
 LAYERS = ("adapters", "models", "config", "data", "train", "eval")
 SCHEMA = ("rules", "classes")  # what config.py is made of
 USES = ("export", "inspect", "report", "track", "fast")
-PARTS = ("assemble", "evaluate", "identity", "directory", "outcome", "session")  # of the composition
+PARTS = ("assemble", "evaluate", "identity", "directory", "outcome", "resuming", "session")  # of the composition
 ROOTS = ("run", "cli", "compose")
 ANYWHERE = (*GROUND, "disk", *LAYERS, *SCHEMA, *USES, *PARTS)
 
@@ -41,6 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "identity": ANYWHERE,
     "directory": ANYWHERE,
     "outcome": ANYWHERE,
+    "resuming": ANYWHERE,
     "session": ANYWHERE,
     "compose": ("errors", "config", *SCHEMA),
     "run": (*ANYWHERE, "compose"),
