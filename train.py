@@ -12,29 +12,28 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lowrank import compose, config
+from lowrank.train.stopping import Stopping
 
 os.environ.setdefault("LOWRANK_OUTPUTS", str(Path(__file__).resolve().parent / "outputs"))
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises; what a user reads is ours
+stopping = Stopping()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(node: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
-    try:
+    with compose.reporting(folder):
         settings = config.parse(node)
         from lowrank import run  # imports torch, which --help and --cfg do not wait for
         from lowrank.report import terminal
 
-        done = run.train(settings, folder, shlex.join(["python", "train.py", *HydraConfig.get().overrides.task]))
+        command = shlex.join(["python", "train.py", *HydraConfig.get().overrides.task])
+        done = run.train(settings, folder, command, stopping)
         terminal.closing(folder, done.summary, done.samples)
-    except (Exception, KeyboardInterrupt) as error:
-        compose.discard(folder)  # if nothing is in it: nothing was trained
-        sys.exit(compose.report(error))
 
 
 if __name__ == "__main__":
+    stopping.install()
     sys.argv[1:] = compose.whole_targets(sys.argv[1:])
-    try:
+    with stopping.held(), compose.reporting():  # a run heeds signals; modules that import would swallow one
         main()
-    except (Exception, KeyboardInterrupt) as error:
-        sys.exit(compose.report(error))

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lowrank import compose, config
 from lowrank.errors import ConfigError, Interrupted, LowrankError
+from lowrank.secrets import redacted, redacted_tree
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # passed on to the running job, which saves
 
@@ -69,7 +70,10 @@ class IsolatedLauncher(Launcher):
         jobs = [self.prepare(i, list(overrides)) for i, overrides in enumerate(job_overrides, initial_job_idx)]
         if len({job.folder for job in jobs}) < len(jobs):
             raise ConfigError("hydra.sweep.subdir: two jobs would share a folder. No job was started.")
+        self.redact()
         before = {number: signal.signal(number, self.stop) for number in STOPPING}
+        if before[signal.SIGINT] == signal.SIG_DFL:  # as train.py's own handler leaves it: a signal came before this
+            raise Interrupted("interrupted. No job was started.")
         try:
             causes = [self.run(job, f"[{place}/{len(jobs)}]") for place, job in enumerate(jobs, 1)]
         finally:
@@ -82,7 +86,7 @@ class IsolatedLauncher(Launcher):
 
     def prepare(self, number: int, overrides: list[str]) -> Job:
         """The job, composed and checked. Raises ConfigError naming it."""
-        shown = " ".join(o for o in overrides if o.casefold() not in self.common)
+        shown = redacted(" ".join(o for o in overrides if o.casefold() not in self.common))
         digest = hashlib.sha256(" ".join(overrides).encode()).hexdigest()[:8]
         try:
             node = self.loader.load_sweep_config(self.config, overrides)
@@ -120,6 +124,13 @@ class IsolatedLauncher(Launcher):
         status = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
         print(place, "done" if code == 0 else f"failed ({status})", flush=True)
         return "" if code == 0 else cause or status
+
+    def redact(self) -> None:
+        """What Hydra wrote of the command line, without the secrets that were in it."""
+        path = self.sweep / "multirun.yaml"
+        if path.is_file() and redacted(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8"):
+            written = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+            OmegaConf.save(OmegaConf.create(redacted_tree(written)), path)
 
     def stop(self, number: int, frame: object) -> None:
         self.stopped_by = signal.Signals(number)

@@ -6,6 +6,7 @@ reads the weights, quantises, and finds out whether this model's documents can b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from lowrank import classes
 from lowrank import config as schema
 from lowrank.adapters.base import Adapter
+from lowrank.adapters.expected import valueless
 from lowrank.adapters.inject import apply, hooks, named_trainable, names_parameter
 from lowrank.adapters.plan import Factory, InjectionPlan, Rules, class_and_options, plan
 from lowrank.config import Config
 from lowrank.data import chat, sources
 from lowrank.data.order import Batches
 from lowrank.data.pack import Batch, Document, pack, pad
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, OutOfMemory
 from lowrank.eval.generate import room, taken
 from lowrank.evaluate import Evaluator
 from lowrank.fast import linear, swiglu
@@ -68,11 +70,26 @@ def parts(config: Config) -> Parts:
     bare, tokenizer = skeleton(config), models.tokenizer(config.model)
     factories = {pattern: tokenised(made, tokenizer) for pattern, made in rules(config.adapter).items()}
     planned = plan(bare, factories, config.adapter.exclude)
+    refuse_too_large(bare, planned, device)
     # The optimizer's rules go by the names that will train: tried on the skeleton, before a weight is read.
     names = named_trainable(apply(bare, planned))
     optim.groups(names, config.optim.groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
     dtype = resolve_dtype(config, precision, planned)
     return Parts(config, device, precision, dtype, planned, tokenizer)
+
+
+def refuse_too_large(model: nn.Module, planned: InjectionPlan, device: torch.device) -> None:
+    """Raises OutOfMemory, before memory is taken, where the adapters' values and gradients alone would not fit."""
+    held = {id(t): t.numel() for one in valueless(model, planned).values() for t in (*one.parameters(), *one.buffers())}
+    needed = 4 * (sum(held.values()) + planned.trainable_parameters)  # bytes, in fp32
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else pages
+    if needed > there:
+        raise OutOfMemory(
+            f"adapter: {planned.trainable_parameters:,} trainable parameters need, with their gradients, at least "
+            f"{needed / 2**30:,.1f} GiB of the {there / 2**30:,.1f} there are. Lower the adapter's size (adapter.r) or "
+            f"adapt fewer sites (adapter.targets)."
+        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,7 @@ def data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Raises DataError for what a file, a column or a row has wrong."""
     split = sources.load(config.data)
     kept: dict[str, list[chat.Example]] = {}
-    notes = []
+    notes = [*split.notes]
     for what, records in (("train", split.train), ("eval", split.eval)):
         kept[what], dropped = chat.examples(
             records,

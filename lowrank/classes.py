@@ -117,3 +117,7 @@ def attempt(where: str, build: Callable[[dict[str, Any]], Any], given: dict[str,
         joint = "." if option.isidentifier() else ": "
         end = "" if str(error).endswith((".", "?")) else "."
         raise ConfigError(f"{where}{joint}{error}{end}") from error
+    except (RuntimeError, TypeError, OverflowError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise ConfigError(f"{where}: with these options it would be larger than any memory.") from error

@@ -6,13 +6,11 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lowrank import compose
-from lowrank.errors import ConfigError
-
-if TYPE_CHECKING:
-    from lowrank.run import Run
+from lowrank.errors import ConfigError, RefusedError
+from lowrank.talk import chat, generate, opened
 
 EXAMPLES = """examples:
   lowrank inspect data data=jsonl data.path=my.jsonl      rows as the model reads them, targets marked
@@ -24,6 +22,9 @@ EXAMPLES = """examples:
   lowrank evaluate outputs/RUN data=jsonl data.path=my.jsonl
   lowrank export outputs/RUN FOLDER                       the adapter in PEFT's format
   lowrank merge outputs/RUN FOLDER                        a plain transformers folder
+  lowrank resume outputs/RUN                              go on where it stopped; loop.steps=200 makes it longer
+  lowrank verify outputs/RUN                              is every file what the run wrote
+  lowrank replay outputs/RUN                              does the run come out the same, bit for bit
   lowrank combine FOLDER outputs/A=0.5 outputs/B=0.5      one adapter of several
   lowrank check my_module:MyAdapter r=4                   does a method keep its promises
 """
@@ -37,10 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides that stand behind an option
         parsed.overrides += rest
-    try:
+    with compose.reporting():
         parsed.command(parsed)
-    except Exception as error:
-        sys.exit(compose.report(error))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,6 +74,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("folder", type=Path, help="where to; made new")
     merging(add("merge", merge, "write base and adapter as one plain transformers folder"))
     add("report", report, "write report.html anew")
+    on = add("resume", resume, "go on with a run in its directory, or make it longer")
+    on.add_argument("overrides", nargs="*", help="what is to differ: loop.steps=200, checkpoint.allow=[optim.lr] …")
+    add("verify", verify, "read all files of a run again that have a hash, and name those that are damaged")
+    again = add("replay", replay, "train the first steps again, elsewhere, and compare them bit for bit")
+    again.add_argument("--steps", type=int, default=20, help="how many (20); weights are compared at the first 20")
     combining(add("combine", combine, "write one adapter made of several", run=False))
     test = add("check", check, "hold an adapter class to what it promises", run=False)
     test.add_argument("adapter", help="my_package.my_module:MyAdapter")
@@ -155,65 +159,6 @@ def show_spectra(folders: Sequence[Path], as_json: bool) -> None:
     print(json.dumps(found.to_dict(), indent=1) if as_json else found)
 
 
-def opened(arguments: Any) -> Run:
-    from lowrank import run
-
-    return run.open(arguments.run)
-
-
-def answers(run: Run, prompt: Sequence[int], arguments: Any) -> list[str]:
-    """Texts for one prompt of token ids, with the run's settings changed by the command's."""
-    from dataclasses import asdict
-
-    from lowrank.data.chat import ending
-    from lowrank.eval.generate import generate
-    from lowrank.train.precision import Precision
-
-    names = asdict(run.config.eval.generate)
-    given = [f"eval.generate.{n}={v}" for n in names if (v := getattr(arguments, n, None)) is not None]
-    settings = asdict(compose.changed(run.config, given, allowed=("eval",)).eval.generate)
-    settings.pop("limit")
-    stop = ending(run.tokenizer, run.config.data.template)[-1:]
-    with Precision(run.parts.precision, run.parts.device).autocast():
-        return generate(run.model, run.tokenizer, [prompt], **settings, stop=stop)[0]
-
-
-def generate(arguments: Any) -> None:
-    from lowrank.data.chat import prompt_tokens
-
-    run = opened(arguments)
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    tokens = prompt_tokens(run.tokenizer, prompt, arguments.input, run.config.data.template)
-    for text in answers(run, tokens, arguments):
-        print(text.strip())
-
-
-def chat(arguments: Any) -> None:
-    """With the chat template earlier turns are part of the prompt; the other templates know single turns."""
-    from lowrank.data.chat import conversation, encode, prompt_tokens
-
-    run = opened(arguments)
-    template = run.config.data.template
-    print("an empty line, or Ctrl-D, ends the conversation", file=sys.stderr)
-    turns: list[dict[str, str]] = []
-    while line := read_line("> "):
-        turns.append({"role": "user", "content": line})
-        if template == "chat":
-            tokens = encode(run.tokenizer, [conversation(run.tokenizer, turns)])[0]
-        else:
-            tokens = prompt_tokens(run.tokenizer, line, "", template)
-        reply = answers(run, tokens, arguments)[0].strip()
-        turns.append({"role": "assistant", "content": reply})
-        print(reply)
-
-
-def read_line(prompt: str) -> str:
-    try:
-        return input(prompt if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""
-
-
 def evaluate(arguments: Any) -> None:
     import json
 
@@ -271,6 +216,41 @@ def check(arguments: Any) -> None:
     found = conformance(cls, **options)
     print(found)
     sys.exit(0 if found.passed else 1)
+
+
+def resume(arguments: Any) -> None:
+    from lowrank.train.stopping import Stopping
+
+    with (
+        Stopping().installed() as stopping,
+        stopping.held(),
+    ):  # a run heeds signals; modules that import would swallow one
+        from lowrank.continued import resume as go_on
+        from lowrank.report import terminal
+
+        done = go_on(arguments.run, arguments.overrides, stopping)
+        terminal.closing(arguments.run, done.summary, done.samples)
+
+
+def verify(arguments: Any) -> None:
+    from lowrank.verify import verify as verified
+
+    damaged: list[str] = []
+    for found in verified(arguments.run):
+        print(found)
+        damaged += found.faults
+    if damaged:
+        raise RefusedError("\n".join([f"{arguments.run}: {len(damaged)} damaged:", *damaged]))
+
+
+def replay(arguments: Any) -> None:
+    from lowrank.replay import replay as replayed
+
+    if arguments.steps < 1:
+        raise ConfigError(f"--steps: {arguments.steps} is not allowed; a positive integer.")
+    found = replayed(arguments.run, arguments.steps)
+    print(found)
+    sys.exit(0 if found.equal else RefusedError.exit_code)
 
 
 def report(arguments: Any) -> None:

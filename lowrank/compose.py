@@ -19,12 +19,15 @@ import hydra
 import yaml  # type: ignore[import-untyped]
 from hydra import errors as refusals
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lowrank import config
-from lowrank.errors import ConfigError, Interrupted, LowrankError, did_you_mean
+from lowrank.errors import ConfigError, Interrupted, LowrankError, OutOfMemory, did_you_mean
 from lowrank.rules import unknown_key
+from lowrank.secrets import redacted
 
 MACHINE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
@@ -75,23 +78,53 @@ def whole_targets(overrides: Sequence[str]) -> list[str]:
     return found
 
 
-def changed(base: config.Config, overrides: list[str], allowed: tuple[str, ...]) -> config.Config:
-    """``base`` with overrides of the ``allowed`` groups: ``data=jsonl`` takes the group anew, ``data.limit=5`` a key.
+def changed(base: config.Config, overrides: list[str], allowed: Sequence[str] = ()) -> config.Config:
+    """``base`` with overrides in Hydra's grammar: ``data=jsonl`` takes the group anew, ``data.limit=5`` a key.
 
-    Raises ConfigError for another group, a misspelt key, or a value out of range.
+    Raises ConfigError for a group that is none of ``allowed`` (all are, where none is named), a misspelt key, or a
+    value out of range.
     """
-    for override in overrides:
-        group = override.lstrip("+").partition("=")[0].split(".")[0]
-        if group not in allowed:
-            raise ConfigError(f"{override}: only {' and '.join(allowed)} may differ from the run's.")
-    tree = base.to_dict()
-    choices = {override.partition("=")[0] for override in overrides if "." not in override.partition("=")[0]}
-    fresh = compose_node([*overrides]) if choices else None
+    given = read_overrides(overrides)
+    groups = {text: one.key_or_group.partition(".")[0] for text, one in zip(overrides, given, strict=True)}
+    for text, group in groups.items():
+        if allowed and group not in allowed:
+            raise ConfigError(f"{text}: only {' and '.join(allowed)} may differ from the run's.")
+        if group not in config.GROUPS:
+            raise unknown_key(group, config.GROUPS)
+    tree = OmegaConf.create(base.to_dict())
+    choices = {one.key_or_group for one in given if "." not in one.key_or_group}
+    fresh = compose_node([text for text, group in groups.items() if group in choices]) if choices else {}
     for group in choices:
-        assert fresh is not None
         tree[group] = OmegaConf.to_container(fresh[group], resolve=True)
-    rest = [o.lstrip("+") for o in overrides if o.partition("=")[0].split(".")[0] not in choices]
-    return config.parse(OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(rest)))  # type: ignore[arg-type]
+    for one in given:
+        if one.key_or_group.partition(".")[0] not in choices:
+            put(tree, one)
+    return config.parse(tree)
+
+
+def read_overrides(overrides: list[str]) -> list[Override]:
+    """Raises ConfigError for what Hydra's grammar does not know, and for several values of one key."""
+    try:
+        given = OverridesParser.create().parse_overrides(overrides)
+    except Exception as error:
+        raise translate(error) from error
+    for one in given:
+        if one.is_sweep_override():
+            raise ConfigError(f"{one.key_or_group}: '{one.input_line}' is several values; one is needed.")
+    return given
+
+
+def put(tree: DictConfig, override: Override) -> None:
+    """Carries out the override of one key; a mapping or list takes the place of the one that was there."""
+    key = override.key_or_group
+    if not override.is_delete():
+        OmegaConf.update(tree, key, override.value(), merge=False, force_add=True)
+        return
+    parent, _, name = key.rpartition(".")
+    within = OmegaConf.select(tree, parent)
+    if not isinstance(within, DictConfig) or name not in within:
+        raise ConfigError(f"{key}: unknown key; nothing to delete.")
+    del within[name]
 
 
 def find_conf() -> Path:
@@ -136,9 +169,28 @@ def translate(error: BaseException) -> LowrankError:
             return ConfigError(f"not valid YAML: {error.problem}{error.problem_mark or ''}.")
         case ValueError() if raised_in_hydra(error):
             return ConfigError(reword(str(error)))
+        case RuntimeError() | MemoryError() if out_of_memory(error):
+            return OutOfMemory(f"out of memory: {str(error).strip().partition(chr(10))[0] or type(error).__name__}")
         case OSError() if error.errno in MACHINE:
             return LowrankError(f"{error.filename}: {os.strerror(error.errno)}.")
     raise error
+
+
+@contextmanager
+def reporting(folder: Path | None = None) -> Iterator[None]:
+    """An error inside ends the process, reported, with its exit code; ``folder`` goes if nothing is in it."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if folder is not None:
+            discard(folder)
+        sys.exit(report(error))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or the machine; torch's own error is known by its name."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or "DefaultCPUAllocator" in str(error)
 
 
 def report(error: BaseException) -> int:
@@ -149,13 +201,13 @@ def report(error: BaseException) -> int:
     try:
         known = translate(error)
     except Exception:
-        traceback.print_exception(error)
-        code, cause = 1, f"{type(error).__name__}: {error}"
+        print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        code, cause = 1, redacted(f"{type(error).__name__}: {error}")
     else:
         if os.environ.get("LOWRANK_DEBUG") == "1":
-            traceback.print_exception(error)
-        print(known, file=sys.stderr)
-        code, cause = known.exit_code, str(known)
+            print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        code, cause = known.exit_code, redacted(str(known))
+        print(cause, file=sys.stderr)
     if path := os.environ.get("LOWRANK_CAUSE"):
         Path(path).write_text(cause, encoding="utf-8")
     return code

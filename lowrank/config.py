@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lowrank.classes import check_adapter, check_optimizer, options, resolve
 from lowrank.errors import ConfigError
 from lowrank.rules import ANY, OWNERS, RELATIONS, RULES, read_group, refuse, unknown_key
+from lowrank.secrets import redacted_tree
 
 __all__ = ["Config", "key_error", "parse", "resolve", "sentence"]
 
@@ -169,8 +170,8 @@ class Config:
         return tree
 
     def to_yaml(self) -> str:
-        """A run directory's config.yaml."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
+        """A run directory's config.yaml, without the secrets that an interpolation has put there."""
+        return OmegaConf.to_yaml(OmegaConf.create(redacted_tree(self.to_dict())))
 
 
 GROUPS: dict[str, type] = get_type_hints(Config)

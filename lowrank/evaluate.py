@@ -127,15 +127,27 @@ class PeriodicEvaluation(Hook):
     """The held-out loss every so many steps and after the last; it only looks, so a run's weights cannot tell."""
 
     def __init__(
-        self, evaluator: Evaluator, model: nn.Module, metrics: Metrics, tracker: Any, every: int, last: int
+        self,
+        evaluator: Evaluator,
+        model: nn.Module,
+        metrics: Metrics,
+        tracker: Any,
+        *,
+        every: int,
+        last: int,
+        evaluating: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.evaluator, self.model, self.metrics, self.tracker = evaluator, model, metrics, tracker
-        self.every, self.last = every, last
+        self.every, self.last, self.evaluating = every, last, evaluating
+        self.pending: StepRecord | None = None  # the step of an evaluation that was broken off
         self.found: tuple[int, dict[str, float]] | None = None
 
     def after_step(self, record: StepRecord) -> None:
         if record.step == self.last or (self.every and record.step % self.every == 0):
-            self.found = (record.step, self.evaluator.held_out(self.model))
+            self.pending = record
+            with self.evaluating():
+                loss = self.evaluator.held_out(self.model)
+            self.pending, self.found = None, (record.step, loss)
             self.metrics.write({"event": "eval", "step": record.step, **self.found[1]})
             if self.tracker is not None:
                 self.tracker.evaluated(*self.found)

@@ -10,25 +10,34 @@ import torch
 
 from lowrank import directory
 from lowrank.adapters import store
+from lowrank.adapters.inject import named_trainable
 from lowrank.assemble import Data, Loaded, Parts
 from lowrank.directory import Log
 from lowrank.errors import ConfigError
 from lowrank.export.peft import export_peft
 from lowrank.identity import versions
 from lowrank.inspect import spectra
+from lowrank.manifest import committing
 from lowrank.models.fingerprint import base_id
-from lowrank.train.loop import State, peak_memory_mb
+from lowrank.train.checkpoint import refuse_not_finite
+from lowrank.train.digests import digest_of_all
+from lowrank.train.loop import Loop, State, peak_memory_mb
 
 CHEAP = 6e8  # multiplications for a site's singular values: SmolLM2's largest layer, whatever the method
 
 
-def save_adapter(model: Any, folder: Path, base: dict[str, str], base_name: str | None, log: Log) -> None:
-    """``adapter/`` in our own format, and beside it in PEFT's where that has one."""
-    store.save_adapter(model, folder, base=base)
-    try:
-        export_peft(model, folder, base_name=base_name)
-    except ConfigError as error:
-        log.note(f"adapter/ is in our own format alone: {str(error).removeprefix('export: ')}")
+def save_adapter(model: Any, folder: Path, base: dict[str, str], base_name: str | None, log: Log, *, step: int) -> None:
+    """``adapter/`` in our own format, and beside it in PEFT's where that has one: whole, or as it was before.
+
+    Raises NumericsError, with nothing written, where a value is not finite.
+    """
+    refuse_not_finite(named_trainable(model), step)
+    with committing(folder, step=step) as staging:
+        store.save_adapter(model, staging.folder, base=base)
+        try:
+            export_peft(model, staging.folder, base_name=base_name)
+        except ConfigError as error:
+            log.note(f"adapter/ is in our own format alone: {str(error).removeprefix('export: ')}")
 
 
 def write_spectra(model: Any, path: Path, log: Log) -> None:
@@ -45,6 +54,7 @@ def course(state: State, parts: Parts) -> dict[str, Any]:
     """The training steps in figures."""
     return {
         "steps": state.step,
+        "skipped_steps": state.skipped,
         "seconds": state.seconds,
         "real_tokens": state.real_tokens,
         "target_tokens": state.target_tokens,
@@ -53,6 +63,11 @@ def course(state: State, parts: Parts) -> dict[str, Any]:
         "trainable_parameters": parts.plan.trainable_parameters,
         "total_parameters": parts.plan.total_parameters,
     }
+
+
+def hashes(loop: Loop) -> dict[str, str]:
+    """Of the weights that train, as they are now, and of the rows in the order in which they were trained on."""
+    return {"weights": digest_of_all(loop.parameters), "data_order": loop.state.data_order}
 
 
 def conditions(parts: Parts, loaded: Loaded, data: Data, base: dict[str, str]) -> dict[str, Any]:

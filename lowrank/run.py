@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lowrank import assemble, directory
+from lowrank import assemble, directory, lock, manifest, resuming
 from lowrank.adapters import store
+from lowrank.adapters.expected import expected
 from lowrank.adapters.inject import apply
 from lowrank.adapters.plan import InjectionPlan
-from lowrank.assemble import Loaded, Parts
+from lowrank.assemble import Data, Loaded, Parts
 from lowrank.config import Config
 from lowrank.config import load as load_config
 from lowrank.data.chat import Example
@@ -26,6 +28,7 @@ from lowrank.models.fingerprint import base_id, fingerprint
 from lowrank.session import Session
 from lowrank.train import checkpoint
 from lowrank.train.metrics import read as read_metrics
+from lowrank.train.stopping import Stopping
 
 
 @dataclass
@@ -74,7 +77,7 @@ class Run:
     @property
     def base(self) -> dict[str, str]:
         """The hashes of the base's tensors by name, as they lie beside the final adapter; empty before that."""
-        return directory.read_json(self.folder / directory.ADAPTER / store.PLAN).get("base", {})
+        return hashes(directory.read_json(self.folder / directory.ADAPTER / store.PLAN), self.folder)
 
     @cached_property
     def model(self) -> Any:
@@ -84,15 +87,21 @@ class Run:
         return base.requires_grad_(False).eval()
 
     def trained(self, base: dict[str, str]) -> dict[str, Tensor]:
-        """The final adapter's tensors or, where there is none yet, the newest checkpoint's."""
-        if (self.folder / directory.ADAPTER).is_dir():
-            about, tensors = store.read(self.folder / directory.ADAPTER)
-            refuse_other_base(about.get("base", {}), base)
-            return tensors
-        newest, _ = checkpoint.newest(self.folder / directory.CHECKPOINTS)
-        if newest is None:
+        """The final adapter's tensors; where there is none yet, or the run went on since, the newest checkpoint's."""
+        final, wanted = self.folder / directory.ADAPTER, expected(self.loaded.model, self.plan)
+        done = manifest.step_in(final) if final.is_dir() else -1
+        checkpoints = self.folder / directory.CHECKPOINTS
+        newest, wrong = manifest.newest(checkpoints, after=done) if done is not None else (None, [])
+        for fault in wrong:
+            print(f"{fault}; using {newest.name if newest else 'none'}.", file=sys.stderr)
+        if newest is not None:
+            shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+            return checkpoint.read_tensors(newest, "adapter", shapes)
+        if not final.is_dir():
             raise RefusedError(f"{self.folder}: no adapter and no checkpoint that verifies.")
-        return checkpoint.read(newest).tensors["adapter"]
+        about, tensors = store.read(final, wanted)
+        refuse_other_base(hashes(about, self.folder), base)
+        return tensors
 
     def probes(self) -> dict[str, Any]:
         """Tokens of the run's own data for ``save_merged``: ``probe`` held out, 16 rows of 128 ids, to measure on;
@@ -129,6 +138,14 @@ def rows_of(examples: Sequence[Example], rows: int, width: int) -> Tensor:
     return ids[: len(ids) // width * width].view(-1, width)
 
 
+def hashes(about: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Those of the base's tensors that an ``adapter.json`` holds; none where it says nothing of them."""
+    found = about.get("base", {})
+    if not (isinstance(found, dict) and all(isinstance(value, str) for value in found.values())):
+        raise RefusedError(f"{folder / directory.ADAPTER / store.PLAN}: base: not a mapping of names to hashes.")
+    return found
+
+
 def refuse_other_base(trained_on: dict[str, str], here: dict[str, str]) -> None:
     if trained_on and trained_on != here:
         name = next(n for n in [*here, *trained_on] if trained_on.get(n) != here.get(n))
@@ -156,23 +173,17 @@ def open(folder: str | Path) -> Run:
     return run
 
 
-def train(config: Config, folder: str | Path, command: str | None = None) -> Run:
+def train(config: Config, folder: str | Path, command: str | None = None, stopping: Stopping | None = None) -> Run:
     """Trains what ``config`` describes in the run directory ``folder``; ``command`` is what reproduces it.
 
     Raises the errors of ``lowrank.errors``; where nothing was trained, no directory is left.
     """
     folder, log = Path(folder), Log()
-    with directory.owned(folder):
-        refuse_second_run(config, folder)
-        parts = assemble.parts(config)
-        log.say(str(parts))
-        data = assemble.data(config, parts.tokenizer)
-        log.say(str(data))
-        assemble.check_length(parts, data)
-        loaded = assemble.load(parts)
-        for note in (*parts.plan.notes, *loaded.notes):
-            log.say(note)
-        session = Session(parts, data, loaded, folder, log, command)
+    with (stopping or Stopping()).installed() as stopping, stopping.at_once(), lock.owned(folder):
+        resuming.refuse_second_run(config, folder)
+        resuming.check_allowed(config, folder)
+        parts, data, loaded = assembled(config, log)
+        session = Session(parts, data, loaded, folder, log, command, stopping)
         if session.finished:
             log.say(f"{folder}: this run is done; nothing to resume.")
             return open(folder)
@@ -182,6 +193,14 @@ def train(config: Config, folder: str | Path, command: str | None = None) -> Run
     return run
 
 
-def refuse_second_run(config: Config, folder: Path) -> None:
-    if not config.checkpoint.resume and (folder / directory.METRICS).exists():
-        raise RefusedError(f"{folder}: holds a run already. To continue it: checkpoint.resume=true; else name another.")
+def assembled(config: Config, log: Log) -> tuple[Parts, Data, Loaded]:
+    """All that a session is made of, each told of as soon as it is known."""
+    parts = assemble.parts(config)
+    log.say(str(parts))
+    data = assemble.data(config, parts.tokenizer)
+    log.say(str(data))
+    assemble.check_length(parts, data)
+    loaded = assemble.load(parts)
+    for note in (*parts.plan.notes, *loaded.notes):
+        log.say(note)
+    return parts, data, loaded

@@ -10,31 +10,36 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Ground: seen by all, sees itself alone. Layers: do not see one another. Uses: read what layers make.
-GROUND = ("errors", "keys", "quant")
+GROUND = ("errors", "keys", "quant", "secrets", "foreign")
 LAYERS = ("adapters", "models", "config", "data", "train", "eval")
 SCHEMA = ("rules", "classes")  # what config.py is made of
 USES = ("export", "inspect", "report", "track", "fast")
-PARTS = ("assemble", "evaluate", "identity", "directory", "outcome", "resuming", "session")  # of the composition
-ROOTS = ("run", "cli", "compose")
-ANYWHERE = (*GROUND, "disk", *LAYERS, *SCHEMA, *USES, *PARTS)
+# Of the composition.
+PARTS = ("assemble", "attach", "evaluate", "identity", "directory", "outcome", "resuming", "session", "state")
+PARTS = (*PARTS, "watching", "lock", "source", "provenance")
+ROOTS = ("run", "replay", "cli", "compose")
+ANYWHERE = (*GROUND, "disk", "manifest", *LAYERS, *SCHEMA, *USES, *PARTS)
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
     "keys": (),
-    "disk": (),
+    "secrets": (),
+    "disk": ("secrets",),
+    "foreign": ("errors", "disk"),
     "quant": ("errors", "keys"),
     "adapters": GROUND,
     "models": ("errors", "keys", "disk"),
     "data": ("errors", "keys"),
-    "train": ("errors", "keys", "disk"),
+    "manifest": ("disk",),
+    "train": ("errors", "keys", "disk", "manifest"),
     "eval": ("errors", "keys"),
-    "config": ("errors", *SCHEMA),
+    "config": ("errors", "secrets", *SCHEMA),
     "rules": ("errors",),
     "classes": ("errors", "rules"),
     "export": (*GROUND, "disk", "adapters", "models", "data", "eval", "config"),
     "report": (*GROUND, "disk", "adapters", "models", "data", "eval", "config"),
     "inspect": (*GROUND, "adapters", "models", "data", "eval", "config"),
-    "track": ("errors", "config", "train"),
+    "track": ("errors", "secrets", "config", "train"),
     "fast": (*GROUND, "adapters", "models"),
     "assemble": ANYWHERE,
     "evaluate": ANYWHERE,
@@ -43,10 +48,20 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "outcome": ANYWHERE,
     "resuming": ANYWHERE,
     "session": ANYWHERE,
-    "compose": ("errors", "config", *SCHEMA),
+    "lock": ("errors",),
+    "source": ("disk", "models"),
+    "provenance": ANYWHERE,
+    "verify": ("errors", "disk", "manifest", "directory"),
+    "continued": (*ANYWHERE, "compose", "run"),
+    "talk": (*ANYWHERE, "compose", "run"),
+    "state": ANYWHERE,
+    "watching": ANYWHERE,
+    "attach": ANYWHERE,
+    "compose": ("errors", "secrets", "config", *SCHEMA),
     "run": (*ANYWHERE, "compose"),
     "testing": ANYWHERE,
-    "cli": (*ANYWHERE, "compose", "run", "testing"),
+    "replay": (*ANYWHERE, "continued", "run"),
+    "cli": (*ANYWHERE, "compose", "run", "replay", "verify", "continued", "talk", "testing"),
 }
 
 

@@ -169,7 +169,8 @@ def test_a_sweep_goes_on_after_a_failed_job_and_names_it(tmp_path: Path, rows: P
     assert str(missing) in named
 
 
-def test_stopping_a_sweep_stops_its_job_and_starts_no_other(rows: Path, outputs: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_stopping_a_sweep_stops_its_job_and_starts_no_other(number: signal.Signals, rows: Path, outputs: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "-m", *TINY, f"data.path={rows}"]
     command += ["loop.steps=100000", "loop.seed=1,2"]
     process = subprocess.Popen(
@@ -181,11 +182,13 @@ def test_stopping_a_sweep_stops_its_job_and_starts_no_other(rows: Path, outputs:
                 break
             assert process.poll() is None
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, stderr = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130
-    assert b"SIGINT in " in stderr
+    assert f"{number.name} in ".encode() in stderr
     assert b"Traceback" not in stderr
     assert len(list(outputs.glob("multirun/*/*/*/metrics.jsonl"))) == 1
+    (summary,) = outputs.glob("multirun/*/*/*/summary.json")  # the job had the signal too, once, and saved
+    assert json.loads(summary.read_text())["status"] == "interrupted"

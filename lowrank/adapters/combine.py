@@ -27,12 +27,13 @@ from lowrank.adapters.algebra import Factors, cut, dare, difference, norm, relat
 from lowrank.adapters.methods.lora import LoRA
 from lowrank.adapters.methods.options import positive_integer
 from lowrank.adapters.plan import InjectionPlan, Row, dotted
-from lowrank.adapters.rank import of_rank, on_original_base, scale_of
-from lowrank.adapters.store import PLAN, read, read_plan, write
+from lowrank.adapters.rank import of_rank, on_original_base, on_paper, scale_of
+from lowrank.adapters.store import PLAN, read_about, read_plan, read_tensors, write
 from lowrank.errors import ConfigError, RefusedError, did_you_mean
 from lowrank.keys import key
 
 METHODS = ("sum", "ties", "dare")
+LARGEST = 2**31  # values of a matrix
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def combine(
         raise ConfigError(f"{target}: not an empty folder. Name one that is empty or not there yet.")
     sources = [source(Path(name)) for name in folders]
     refuse_unlike(sources)
+    if method != "sum":
+        refuse_large(sources)
     paths = dict.fromkeys(path for one in sources for path in one.rows)
     rows, sites, tensors = [], [], dict[str, Tensor]()
     for path in paths:
@@ -147,7 +150,7 @@ def check(folders: Sequence[object], weights: Sequence[float], method: str, rank
 
 
 def source(folder: Path) -> Source:
-    about, tensors = read(folder)
+    about = read_about(folder)
     plan = read_plan(folder / PLAN, about)
     for row in plan.rows:
         if row.adapter != dotted(LoRA):
@@ -155,21 +158,23 @@ def source(folder: Path) -> Source:
                 f"combine: {folder}: {row.path} carries {row.method}; only LoRA adapters can be combined."
             )
     try:
-        plan, tensors = on_original_base(plan, tensors)
-    except (RefusedError, ValueError) as error:
+        wanted = {f"{row.path}.adapter.{n}": t for row in plan.rows for n, t in tensors_of(row).items()}
+        plan, tensors = on_original_base(plan, read_tensors(folder, about, wanted))
+    except (RefusedError, ValueError, TypeError, RuntimeError) as error:
         raise RefusedError(f"combine: {folder}: {error}") from error
     for row in plan.rows:
         refuse_damaged(folder, row, tensors)
     return Source(folder, plan, {row.path: row for row in plan.rows}, tensors, about.get("base"))
 
 
+def tensors_of(row: Row) -> dict[str, Tensor]:
+    """What its LoRA holds, without values."""
+    return dict(on_paper(row, row.options).state_dict())
+
+
 def refuse_damaged(folder: Path, row: Row, tensors: Mapping[str, Tensor]) -> None:
-    (out, into), r = row.shape, row.options.get("r", 8)
-    for name, wanted in (("A", (r, into)), ("B", (out, r))):
-        found = tensors.get(f"{row.path}.adapter.{name}")
-        if found is None or found.shape != wanted:
-            raise RefusedError(f"combine: {folder}: {row.path}.adapter.{name} is missing, or not of shape {wanted}.")
-        if not found.isfinite().all():
+    for name in ("A", "B"):
+        if not tensors[f"{row.path}.adapter.{name}"].isfinite().all():
             raise RefusedError(f"combine: {folder}: {row.path}.adapter.{name} holds values that are not finite.")
 
 
@@ -194,6 +199,17 @@ def refuse_unlike(sources: Sequence[Source]) -> None:
                 f"combine: the base of {first.folder} has {sizes[0]:,} parameters and that of {other.folder} "
                 f"{sizes[1]:,}: not adapters of one base."
             )
+
+
+def refuse_large(sources: Sequence[Source]) -> None:
+    """Raises RefusedError where ΔW of a site, which ties and dare build in fp64, is beyond what a layer has."""
+    for one in sources:
+        for row in one.plan.rows:
+            if math.prod(row.shape) > LARGEST:
+                raise RefusedError(
+                    f"combine: {one.folder}: {row.path} is of {'×'.join(map(str, row.shape))}; ties and dare build "
+                    f"matrices of up to {LARGEST:,} values."
+                )
 
 
 def site(

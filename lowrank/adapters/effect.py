@@ -75,14 +75,31 @@ def table(tokens: Tokens) -> Tensor:
     if isinstance(tokens, Tensor):
         found = tokens[None] if tokens.ndim == 1 else tokens
     else:
-        rows = [list(row) for row in tokens]
-        ids = [token for row in rows for token in row]
-        width = max(1, len(ids) // max(1, len(rows)))
-        found = torch.tensor(ids[: len(ids) // width * width], dtype=torch.int64).view(-1, width)
+        try:
+            rows = [list(row) for row in tokens]
+            ids = [token for row in rows for token in row]
+            width = max(1, len(ids) // max(1, len(rows)))
+            found = torch.tensor(ids[: len(ids) // width * width], dtype=torch.int64).view(-1, width)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"merge: a probe is rows of token ids ({error}).") from error
     if found.ndim != 2 or not found.numel() or found.is_floating_point():
         shape = "×".join(str(size) for size in found.shape)
         raise ConfigError(f"merge: a probe of {shape} {found.dtype} is not allowed; (rows, width) token ids.")
     return found
+
+
+def refuse_unknown_ids(model: nn.Module, ids: Tensor | None) -> None:
+    """Raises ConfigError for a token that the model does not have."""
+    get = getattr(model, "get_input_embeddings", None)
+    embedding = get() if get else None
+    embedding = embedding.base if isinstance(embedding, Adapted) else embedding
+    if ids is None or not isinstance(embedding, nn.Embedding):
+        return
+    for token in (int(ids.min()), int(ids.max())):
+        if not 0 <= token < embedding.num_embeddings:
+            raise ConfigError(
+                f"merge: token {token} of the probe is not allowed; the model has {embedding.num_embeddings:,}."
+            )
 
 
 def random_tokens(config: Any) -> Tensor:

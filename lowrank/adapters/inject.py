@@ -92,13 +92,9 @@ def built(model: nn.Module, plan: InjectionPlan, seed: int, *, filled: bool = Fa
 
     ``filled``: their values will be given, so what would be read off the weights need not be.
     """
-    bare, own = dict(sites(model)), parameters(model)
+    refuse_other_model(model, plan)
+    bare = dict(sites(model))
     wrapped = [row for row in plan.rows if not names_parameter(row)]
-    for row in plan.rows:
-        found = own.get(row.path) if names_parameter(row) else bare.get(row.path)
-        what = "parameter" if names_parameter(row) else "site"
-        if found is None or (tuple(found.shape) if isinstance(found, Tensor) else shape_or_none(found)) != row.shape:
-            raise ConfigError(f"apply: the plan's {row.path} {row.shape} is not a {what} of this model.")
     shared = shared_options(wrapped, seed)
     adapters = {row.path: build(row, bare[row.path], seed, shared[method(row)], filled) for row in wrapped}
     for row in plan.rows:
@@ -106,6 +102,15 @@ def built(model: nn.Module, plan: InjectionPlan, seed: int, *, filled: bool = Fa
         if names_parameter(row) and site in adapters:
             refuse_two_bases(row, bare[site], adapters[site])
     return adapters
+
+
+def refuse_other_model(model: nn.Module, plan: InjectionPlan) -> None:
+    bare, own = dict(sites(model)), parameters(model)
+    for row in plan.rows:
+        found = own.get(row.path) if names_parameter(row) else bare.get(row.path)
+        what = "parameter" if names_parameter(row) else "site"
+        if found is None or (tuple(found.shape) if isinstance(found, Tensor) else shape_or_none(found)) != row.shape:
+            raise ConfigError(f"apply: the plan's {row.path} {row.shape} is not a {what} of this model.")
 
 
 @torch.no_grad()
@@ -236,15 +241,20 @@ def state_of(model: nn.Module, plan: InjectionPlan, adapters: dict[str, Adapter]
 
 def fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Copies ``tensors`` into ``state``; every name and shape must be met, and nothing more, or nothing is copied."""
-    missing, extra = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
-    if missing or extra:
-        what = "is missing" if missing else "is not part of the plan"
-        raise RefusedError(f"{(missing or extra)[0]} {what} ({len(missing + extra)} such).")
-    for name, tensor in tensors.items():
-        if tensor.shape != state[name].shape:
-            raise RefusedError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(state[name].shape)}.")
+    refuse_misfits(*({name: tuple(t.shape) for name, t in held.items()} for held in (state, tensors)))
     for name, tensor in tensors.items():
         state[name].detach().copy_(tensor)
+
+
+def refuse_misfits(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises RefusedError where names or shapes differ."""
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or extra:
+        what = "is missing" if missing else "is not part of the plan"
+        raise RefusedError(f"{(missing or extra)[0][:200]} {what} ({len(missing + extra)} such).")
+    for name, size in found.items():
+        if size != wanted[name]:
+            raise RefusedError(f"{name} has shape {size}, not {wanted[name]}.")
 
 
 def current_plan(model: nn.Module, name: str | None = None) -> InjectionPlan:

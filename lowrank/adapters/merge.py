@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.base import LINEAR, Adapted, dense_weight
-from lowrank.adapters.effect import Kept, Tokens, kept, random_tokens, table, weight_before
+from lowrank.adapters.effect import Kept, Tokens, kept, random_tokens, refuse_unknown_ids, table, weight_before
 from lowrank.adapters.kind import like, standing_for
 from lowrank.adapters.requantise import Calibration, begun, merged_parts, places
 from lowrank.adapters.sites import TRAINED, adapted, replace, sites, walk
@@ -101,6 +101,8 @@ def merge(
     probe = random_tokens(config) if probe is None and config is not None else probe
     asked = None if probe is None else table(probe)
     fitted = asked if calibration is None else table(calibration)
+    for ids in (asked, fitted):
+        refuse_unknown_ids(model, ids)
     result, rows, notes = requantised(model, method, fitted) if to == "nf4" else dense(model)
     vars(result).pop(TRAINED, None)
     notes += untie(result)

@@ -97,6 +97,10 @@ def claims(model: nn.Module, rules: Rules, left_out: set[str]) -> tuple[dict[str
             where = "adapter" if all(method == methods[0] for method in methods) else f"{WHERE}[{show(pattern)}]"
             joint = "." if str(error).partition(":")[0].isidentifier() else ": "
             raise ConfigError(f"{where}{joint}{error}") from error
+        except (RuntimeError, TypeError, OverflowError) as error:
+            if "overflow" not in str(error).lower():
+                raise
+            raise ConfigError(f"{WHERE}: {adapter.__name__} with these options is larger than any memory.") from error
         twice += [(row.path, claimed[row.path][0], pattern) for row in made if row.path in claimed]
         claimed |= {row.path: (pattern, row) for row in made}
     if twice:
@@ -269,10 +273,17 @@ def dotted(cls: type[Adapter]) -> str:
     return f"{home}.{cls.__qualname__}"
 
 
+def is_ours(name: str) -> bool:
+    """Whether a dotted path is that of one of lowrank's own classes: to import any other may run any code."""
+    return name.startswith("lowrank.adapters.")
+
+
 def resolve(name: str) -> type[Adapter]:
     """The Adapter class that a plan's row names by its dotted path; one of ours, in whichever file it was then."""
     module, _, attribute = name.rpartition(".")
-    module = "lowrank.adapters" if module.startswith("lowrank.adapters.") else module
+    module = "lowrank.adapters" if is_ours(name) else module
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"adapter class {name[:200]!r} is not a dotted path")
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:

@@ -10,18 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.adapters.base import Adapter
 from lowrank.adapters.plan import InjectionPlan, Row, resolve
 from lowrank.errors import RefusedError
 
 
 def scale_of(row: Row) -> float:
     """s of h = W x + s·B A x, as the row's class has it for these options."""
-    options = {name: value for name, value in row.options.items() if name != "init"}
-    with torch.device("meta"):
-        made: Any = resolve(row.adapter)(
-            nn.Linear(row.shape[1], row.shape[0], bias=False), generator=torch.Generator("cpu"), **options
-        )
+    made: Any = on_paper(row, {name: value for name, value in row.options.items() if name != "init"})
     return float(made.scale)
+
+
+def on_paper(row: Row, options: Mapping[str, Any]) -> Adapter:
+    """The row's adapter without values, on a layer of its site's shape. Raises what the constructor raises."""
+    out, into = row.shape
+    with torch.device("meta"):
+        base = nn.Linear(into, out, bias=False)
+        return resolve(row.adapter)(base, generator=torch.Generator("cpu"), **options)
 
 
 def of_rank(options: Mapping[str, Any], scale: float, r: int) -> dict[str, Any]:

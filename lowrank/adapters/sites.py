@@ -51,6 +51,16 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     return ((path, module) for path, module in walk(model) if isinstance(module, Adapted))
 
 
+def called(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that is there with what it is called: its path in the bare model, ``….adapter`` for a site's."""
+    for path, module in walk(model):
+        yield path, module
+        if isinstance(module, Adapted):
+            yield path, module.base
+            for name, part in module.adapter.named_modules():
+                yield f"{path}.adapter{name and f'.{name}'}", part
+
+
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     """Sets the module at a bare path, through whatever is wrapped on the way there."""
     parent: nn.Module = model

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lowrank.adapters.bank import which
+from lowrank.adapters.expected import expected, header, refuse_other
 from lowrank.adapters.inject import adapter_state, apply, current_plan, fill
-from lowrank.adapters.plan import InjectionPlan, class_and_options, resolve
+from lowrank.adapters.plan import InjectionPlan, class_and_options, is_ours, resolve
 from lowrank.adapters.rank import on_original_base
 from lowrank.errors import ConfigError, RefusedError
+from lowrank.foreign import inside, read_json
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,7 +50,8 @@ def write(folder: str | Path, plan: InjectionPlan, tensors: Mapping[str, Tensor]
     held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     pair = hash_of(held)
     text = json.dumps({"format": 1, **about, "pair": pair, "plan": plan.to_dict()}, indent=1, ensure_ascii=False)
-    contents = {TENSORS: save(held, metadata={"format": "pt", "pair": pair}), PLAN: text.encode()}
+    one = {"pair": pair}  # safetensors writes several entries in any order, and equal adapters are equal files
+    contents = {TENSORS: save(held, metadata=one), PLAN: text.encode()}
     for name, content in contents.items():
         staged(folder, name).write_bytes(content)
     for name in contents:
@@ -65,7 +68,7 @@ def staged(folder: Path, name: str) -> Path:
     return folder / f".{name}.{os.getpid()}"
 
 
-def load_adapter(model: Model, folder: str | Path, name: str | None = None) -> Model:
+def load_adapter(model: Model, folder: str | Path, name: str | None = None, *, foreign: bool = False) -> Model:
     """Puts the adapter of ``folder`` on a bare ``model``, in place; returns it.
 
     With a ``name`` it stands beside others that have one, and is one of those that ``lowrank.use`` switches: the
@@ -73,51 +76,79 @@ def load_adapter(model: Model, folder: str | Path, name: str | None = None) -> M
     name is "default" from then on. One whose start changed the base (PiSSA) is put there as the LoRA of twice the
     rank that does the same to the base as it was.
 
-    Raises RefusedError, with the model unchanged, where a file is missing or damaged, and ConfigError where
-    the model is not the one that the plan was made for, or the name is taken.
+    A folder is data and runs no code: one whose plan names a class that is not lowrank's own is refused, because to
+    import a module is to run it. ``foreign=True`` says that you know the class; it is then imported from your own path.
+
+    Raises RefusedError, with the model unchanged and no memory taken, where a file is missing, damaged or of other
+    names and shapes than the plan makes on this model, and ConfigError where the model is not the one that the plan
+    was made for, or the name is taken.
     """
     folder = Path(folder)
-    about, tensors = read(folder)
-    plan = read_plan(folder / PLAN, about)
+    about = read_about(folder)
+    plan = read_plan(folder / PLAN, about, foreign)
+    try:
+        wanted = expected(model, plan)
+    except RefusedError as error:
+        raise RefusedError(f"{folder / PLAN}: {error}") from error
+    tensors = read_tensors(folder, about, wanted)
     try:
         if name is not None:
             plan, tensors = on_original_base(plan, tensors)
         return apply(model, plan, state=tensors, name=name)
-    except ValueError as error:  # an option out of range
-        raise RefusedError(f"{folder / PLAN}: {error}") from error
     except RefusedError as error:
         raise RefusedError(f"{folder / TENSORS}: {error}") from None
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The two files of an adapter's folder."""
+def read(folder: Path, wanted: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The two files of an adapter's folder; tensors of other names and shapes than ``wanted`` are refused unread."""
+    about = read_about(folder)
+    return about, read_tensors(folder, about, wanted)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What ``adapter.json`` says. Raises RefusedError naming the file."""
     for name in (PLAN, TENSORS):
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             raise RefusedError(f"{folder}: no {name} there, so it is not an adapter's folder.")
+    return read_json(folder, PLAN)
+
+
+def read_tensors(folder: Path, about: Mapping[str, Any], wanted: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    path = inside(folder, TENSORS)
+    held = header(path)
+    if wanted is not None:
+        try:
+            refuse_other(wanted, held)
+        except RefusedError as error:
+            raise RefusedError(f"{folder / TENSORS}: {error}") from None
     try:
-        about = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        tensors = load_file(folder / TENSORS)
-        with safe_open(folder / TENSORS, framework="pt") as file:
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
             pair = (file.metadata() or {}).get("pair")
-    except (ValueError, SafetensorError, OSError) as error:
-        raise RefusedError(f"{folder}: cannot be read: {error}") from error
-    if not isinstance(about, dict):
-        raise RefusedError(f"{folder / PLAN}: not the plan of an adapter.")
+    except (ValueError, RuntimeError, SafetensorError, OSError) as error:
+        raise RefusedError(f"{folder / TENSORS}: cannot be read: {error}.") from error
     if pair is not None and pair != about.get("pair", pair):
         raise RefusedError(f"{folder}: {PLAN} and {TENSORS} were not saved together.")
     if pair is not None and pair != hash_of(tensors):
         raise RefusedError(f"{folder / TENSORS}: damaged; its values are not those that were saved.")
-    return about, tensors
+    return tensors
 
 
-def read_plan(path: Path, about: dict[str, Any]) -> InjectionPlan:
+def read_plan(path: Path, about: Mapping[str, Any], foreign: bool = False) -> InjectionPlan:
+    """Raises RefusedError where it is none, or names a class that is not lowrank's own and not allowed by ``foreign``:
+    nothing is imported then."""
     try:
         plan = InjectionPlan.from_dict(about["plan"])
-        for row in plan.rows:
-            class_and_options(partial(resolve(row.adapter), **row.options))
         if not plan.rows:
             raise TypeError("it has no rows")
-    except (KeyError, TypeError, ConfigError) as error:
+        for row in plan.rows:
+            if not (foreign or is_ours(row.adapter)):
+                raise RefusedError(
+                    f"{path}: names the class {row.adapter[:200]}, which is not lowrank's own, and to import it would "
+                    f"run its module. If you know it: load_adapter(model, folder, foreign=True)."
+                )
+            class_and_options(partial(resolve(row.adapter), **row.options))
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise RefusedError(f"{path}: not the plan of an adapter ({error}).") from error
     return plan
 

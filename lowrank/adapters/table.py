@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lowrank.adapters.sites import place, short_names
 
+LARGEST = 2**50  # of any size or count: the values of a weight beyond that would be petabytes
 Named = tuple[str, str]  # a path, and what is said of it
 
 
@@ -70,11 +72,17 @@ class InjectionPlan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> InjectionPlan:
+        """Raises TypeError or KeyError where ``data`` is not the JSON form of a plan."""
         rows = tuple(Row(**(row | {"shape": tuple(row["shape"])})) for row in data["rows"])
         for row in rows:
-            if not (isinstance(row.path, str) and isinstance(row.adapter, str) and isinstance(row.options, dict)):
-                raise TypeError(f"a row is {row}")
-        return cls(rows, data["total_parameters"], tuple(data["notes"]))
+            if not plausible(row):
+                raise TypeError(f"a row is {str(row)[:200]}")
+        if len({row.path for row in rows}) < len(rows):
+            raise TypeError("two rows are for one site")
+        total, notes = data["total_parameters"], data["notes"]
+        if not (is_count(total) and isinstance(notes, list) and all(isinstance(note, str) for note in notes)):
+            raise TypeError("its total is no number, or its notes are no texts")
+        return cls(rows, total, tuple(notes))
 
     def diff(self, other: InjectionPlan) -> PlanDiff:
         """What ``other`` has instead: a value that prints."""
@@ -132,6 +140,21 @@ class PlanDiff:
         yield from (f"only in the second: {note}" for note in second.notes if note not in first.notes)
         if not (self.only_first or self.only_second or self.changed) and first.rows != second.rows:
             yield "their rows stand in another order"
+
+
+def plausible(row: Row) -> bool:
+    """Whether every field is of the kind that it should be, and its sizes are those that memory could have."""
+    texts = (row.path, row.kind, row.adapter, row.group)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and isinstance(row.options, dict)
+        and all(is_count(n) for n in (*row.shape, row.parameters))
+        and math.prod(row.shape) <= LARGEST
+    )
+
+
+def is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
 
 
 def dimensions(shape: Iterable[int]) -> str:

@@ -10,14 +10,14 @@ import hashlib
 import json
 import platform
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from lowrank.data import files, stdlib
+from lowrank.data.table import Table
 from lowrank.errors import ConfigError, DataError, did_you_mean
 from lowrank.keys import key
 
@@ -51,6 +51,8 @@ class Settings(Protocol):
     @property
     def template(self) -> str: ...
     @property
+    def on_malformed(self) -> str: ...
+    @property
     def limit(self) -> int | None: ...
     @property
     def seed(self) -> int: ...
@@ -69,12 +71,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Split:
-    """Records to train on and to evaluate on, each in file order; ``sha256`` is that of their source."""
+    """Records to train on and to evaluate on, each in file order; ``sha256`` is that of what was read for them."""
 
     train: list[Record]
     eval: list[Record]
     sha256: str
     name: str
+    notes: tuple[str, ...] = ()  # rows that were dropped
 
 
 def load(data: Settings) -> Split:
@@ -85,7 +88,7 @@ def load(data: Settings) -> Split:
     split = from_stdlib(data) if data.kind == "stdlib" else from_files(data)
     if data.limit is not None:
         order = torch.randperm(len(split.train), generator=key(data.seed, "limit"))[: max(data.limit, 0)]
-        split = Split([split.train[i] for i in sorted(order.tolist())], split.eval, split.sha256, split.name)
+        split = replace(split, train=[split.train[i] for i in sorted(order.tolist())])
     if not split.train or not split.eval:
         have = f"{files.counted(len(split.train), 'record')} to train on, {len(split.eval):,} to evaluate on"
         raise DataError(f"data: {split.name} gives {have}; at least one of each is needed.")
@@ -115,13 +118,15 @@ def from_files(data: Settings) -> Split:
     path = files.locate(data.path, "data.path")
     eval_path = files.locate(data.eval_path, "data.eval_path") if data.eval_path else None
     columns = wanted(data.fields, data.template)
-    records = read(data.kind, path, columns)
+    table = Table(data.kind, path, data.on_malformed)
+    records = read(table, columns)
     if eval_path:
-        both = digest(path) + digest(eval_path)
-        sha256 = hashlib.sha256(both.encode()).hexdigest()
-        return Split(records, read(data.kind, eval_path, columns), sha256, f"{path.name}, {eval_path.name}")
+        other = Table(data.kind, eval_path, data.on_malformed)
+        held = read(other, columns)
+        sha256 = hashlib.sha256((table.sha256 + other.sha256).encode()).hexdigest()
+        return Split(records, held, sha256, f"{path.name}, {eval_path.name}", (*table.notes(), *other.notes()))
     chosen = held_out(range(len(records)), data.eval_fraction, data.seed)
-    return divided(records, chosen, digest(path), path.name)
+    return replace(divided(records, chosen, table.sha256, path.name), notes=table.notes())
 
 
 def wanted(fields: Fields, template: str) -> dict[str, str]:
@@ -136,24 +141,34 @@ def wanted(fields: Fields, template: str) -> dict[str, str]:
     return columns
 
 
-def read(kind: str, path: Path, columns: dict[str, str]) -> list[Record]:
-    """The records of one file; DataError if it is empty, lacks a column or has a value that is not text."""
+def read(table: Table, columns: dict[str, str]) -> list[Record]:
+    """The records of one file; DataError if it is empty or lacks a column, or by the table's policy for a value that
+    is not text."""
     records: list[Record] = []
     seen: dict[str, None] = {}  # every column of the file, in the order met
     lacking: dict[str, int] = {}  # what → the first row without its column
-    for number, cells in files.rows(kind, path):
+    name = table.path.name
+    for number, cells in table.rows():
         seen.update(dict.fromkeys(cells))
-        fields = {}
-        for what, column in columns.items():
-            if column not in cells:
-                lacking.setdefault(what, number)
-            value = cells.get(column, "")
-            fields[what] = "" if value is None and what == "input" else as_text(value, column, path, number)
+        lacks = [what for what, column in columns.items() if column not in cells]
+        for what in lacks:
+            lacking.setdefault(what, number)
+        if table.on_malformed == "drop" and any(what != "input" for what in lacks):
+            what = next(what for what in lacks if what != "input")
+            table.refuse(number, f"no '{columns[what]}' in this row, which data.fields.{what} names.")
+            continue
+        try:
+            fields = {what: text_of(what, column, cells) for what, column in columns.items()}
+        except ValueError as error:
+            table.refuse(number, str(error))
+            continue
         records.append(Record(number, {"input": "", **fields} if "response" in columns else fields))
-    if not records:
-        raise DataError(f"{path.name}: no rows.")
+    if not table.seen:
+        raise DataError(f"{name}: no rows.")
     for what, number in lacking.items():
-        require(what, columns[what], list(seen), path.name, number)
+        if table.on_malformed == "error" or columns[what] not in seen:
+            require(what, columns[what], list(seen), name, number)
+    table.notes()  # raises where nothing is left
     return records
 
 
@@ -170,16 +185,18 @@ def require(what: str, column: str, seen: list[str], name: str, number: int) -> 
     raise DataError(f"data.fields.{what}: no column '{column}' in {name} {has}")
 
 
-def as_text(value: object, column: str, path: Path, number: int) -> str:
-    """``value`` if it is text; numbers are not guessed to be. DataError names row, column and type."""
-    where = f"{path.name}:{number}: '{column}'"
+def text_of(what: str, column: str, cells: Mapping[str, object]) -> str:
+    """A row's value of a column if it is text (numbers are not guessed to be), or nothing. ValueError says why not."""
+    value = cells.get(column, "")
+    if value is None and what == "input":
+        return ""
     if not isinstance(value, str):
-        raise DataError(f"{where} is {files.kind_of(value)}; a string is needed.")
+        raise ValueError(f"'{column}' is {files.kind_of(value)}; a string is needed.")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell one half of a surrogate pair, "\ud83d"
         half = ord(value[error.start])
-        raise DataError(f"{where} holds half a surrogate pair (\\u{half:04x}), which is not text.") from None
+        raise ValueError(f"'{column}' holds half a surrogate pair (\\u{half:04x}), which is not text.") from None
     return value
 
 
@@ -204,9 +221,3 @@ def divided(records: list[Record], chosen: list[bool], sha256: str, name: str) -
     train = [record for record, is_eval in zip(records, chosen, strict=True) if not is_eval]
     held = [record for record, is_eval in zip(records, chosen, strict=True) if is_eval]
     return Split(train, held, sha256, name)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, as ``sha256sum`` prints it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,9 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.adapters.bank import held
-from lowrank.adapters.base import Adapter, shape
+from lowrank.adapters.base import Adapter
+from lowrank.adapters.expected import refuse_large, valueless
 from lowrank.adapters.inject import apply, current_plan
-from lowrank.adapters.plan import Factory, InjectionPlan, plan, resolve, stand_in
+from lowrank.adapters.plan import Factory, InjectionPlan, plan
 from lowrank.adapters.sites import Pattern, sites
 from lowrank.errors import ConfigError, RefusedError
 from lowrank.export import peft_folder
@@ -133,16 +134,19 @@ def import_peft(model: Model, folder: str | Path, name: str | None = None) -> Mo
     """Puts the adapter of a PEFT folder on a bare ``model``, in place; returns it. With a ``name`` it stands beside
     others that have one, as with ``load_adapter``.
 
-    Sites, ranks and shapes come from the tensors themselves. Raises RefusedError where a file is missing, damaged,
-    a pickle, or asks for what is not supported; ConfigError where the adapter does not fit this model. The model is
-    then unchanged.
+    Sites, ranks and shapes come from the tensors themselves, of which none is read before all of them fit. Raises
+    RefusedError where a file is missing, damaged, a pickle, leads out of the folder, or asks for what is not supported;
+    ConfigError where the adapter does not fit this model. The model is then unchanged.
     """
     folder = Path(folder)
     format, config = read_config(folder)
     found = peft_folder.read(folder, model, format, config)
     bases = dict(sites(model))
     planned = plan_of(model, found, format, bases)
-    peft_folder.refuse_misfits(found, format, valueless(planned, bases), bases)
+    adapters = valueless(model, planned)
+    peft_folder.refuse_misfits(found, format, adapters, bases)
+    refuse_large(model, adapters)
+    found = peft_folder.with_values(folder, model, format, config)
     apply(model, planned, name=name)
     for path, one in held(model, name).items():
         fill(one.adapter, format.state(found, path, one.adapter))
@@ -176,18 +180,6 @@ def plan_of(model: nn.Module, found: Folder, format: Format, bases: dict[str, nn
         if isinstance(error.__cause__, ValueError):  # an option out of its range
             raise RefusedError(f"{found.config.file}: {error.__cause__}") from error
         raise
-
-
-def valueless(planned: InjectionPlan, bases: dict[str, nn.Module]) -> dict[str, Adapter]:
-    """The plan's adapters without values, to see what shapes they have: a folder may ask for any size."""
-    generator, made = torch.Generator("cpu"), {}
-    shapes = {row.path: shape(bases[row.path]) for row in planned.rows}
-    with torch.device("meta"):
-        for row in planned.rows:
-            method = resolve(row.adapter)
-            shared = method.shared(shapes, generator=generator, **row.options)
-            made[row.path] = method(stand_in(bases[row.path]), generator=generator, **row.options, **shared)
-    return made
 
 
 @torch.no_grad()

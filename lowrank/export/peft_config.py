@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowrank import foreign
 from lowrank.errors import RefusedError
+from lowrank.export.peft_regex import is_regex
 
 CONFIG = "adapter_config.json"
+LARGEST = 8 * 2**20  # bytes: what AdaLoRA keeps of every site of a large model is a third of that
 
 Modules = str | list[str] | None  # as PEFT has it: a regular expression, or paths and ends of paths
 
@@ -93,14 +96,6 @@ def is_size(value: Any) -> bool:
     return is_number(value) and 0 < value < float("inf")
 
 
-def is_regex(text: str) -> bool:
-    try:
-        re.compile(text)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
-
-
 def is_modules(value: Any) -> bool:
     if isinstance(value, list):
         return all(isinstance(name, str) for name in value)
@@ -132,7 +127,7 @@ def flag(default: bool) -> Field:
 
 DROPOUT = Field(0.0, lambda v: is_number(v) and 0 <= v < 1, "a number from 0 up to, but not including, 1")
 NO_BIAS = Field("none", lambda v: v == "none", "none")
-MODULES = Field(None, is_modules, "a list of names or a regular expression")
+MODULES = Field(None, is_modules, "a list of names or a regular expression without repetitions in repetitions")
 RANKS, ALPHAS = pattern(is_count, "positive integers"), pattern(is_size, "positive numbers")
 TARGETS = {
     "target_modules": MODULES,
@@ -150,16 +145,9 @@ NEUTRAL = {
 
 def read_json(folder: Path) -> tuple[Path, dict[str, Any]]:
     """Raises RefusedError naming the file where it is missing or damaged."""
-    file = folder / CONFIG
-    if not file.is_file():
+    if not (folder / CONFIG).exists():
         raise RefusedError(f"{folder}: no {CONFIG} there, so it is not a PEFT adapter's folder.")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise RefusedError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise RefusedError(f"{file}: holds a {type(fields).__name__}, not a configuration.")
-    return file, fields
+    return folder / CONFIG, foreign.read_json(folder, CONFIG, LARGEST)
 
 
 def checked(file: Path, given: Mapping[str, Any], reads: Mapping[str, Field], neutral: Collection[str]) -> Config:

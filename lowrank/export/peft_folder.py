@@ -15,10 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lowrank.adapters.expected import header
 from lowrank.adapters.sites import backbone, kinds, sites
 from lowrank.errors import ConfigError, RefusedError, nearest
 from lowrank.export.peft_config import CONFIG, Config
 from lowrank.export.peft_format import Folder, Format, Tensors
+from lowrank.foreign import inside
+from lowrank.secrets import redacted
 
 TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -34,7 +37,9 @@ def write(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:
     try:
         held = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         save_file(held, staging / TENSORS, metadata={"format": "pt"})
-        (staging / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (staging / CONFIG).write_text(
+            redacted(json.dumps(config, indent=2, ensure_ascii=False)) + "\n", encoding="utf-8"
+        )
         (folder / CONFIG).unlink(missing_ok=True)
         for name in (TENSORS, CONFIG):
             (staging / name).replace(folder / name)
@@ -43,30 +48,41 @@ def write(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:
 
 
 def read(folder: Path, model: nn.Module, format: Format, config: Config) -> Folder:
-    """The tensors by site. Raises RefusedError where the file is missing, damaged, a pickle, or holds something else,
-    and ConfigError where the model has no such sites."""
+    """The tensors by site, as the header describes them: no value is read. Raises RefusedError where the file is
+    missing, damaged, a pickle, or holds something else, and ConfigError where the model has no such sites."""
     file = folder / TENSORS
-    found = sort_keys(file, model, format, config, read_tensors(folder))
+    found = sort_keys(file, model, format, config, header(located(folder)))
     if format.names:
         refuse_unknown(file, model, format, found.sites)
-        refuse_other_base(file, model, found.copies)
         refuse_missing(file, model, format, found)
+        for path, tensor in found.copies.items():
+            refuse_other_base(file, model, path, tensor)
     return found
 
 
-def read_tensors(folder: Path) -> Tensors:
+def with_values(folder: Path, model: nn.Module, format: Format, config: Config) -> Folder:
+    """The same with the file's values, once they are known to be of the right shapes."""
+    file = located(folder)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise RefusedError(f"{file}: cannot be read: {error}") from error
+    found = sort_keys(folder / TENSORS, model, format, config, tensors)
+    for path, tensor in found.copies.items():
+        refuse_other_base(folder / TENSORS, model, path, tensor)
+    return found
+
+
+def located(folder: Path) -> Path:
     file = folder / TENSORS
-    if not file.is_file():
+    if not file.exists():
         if (folder / PICKLE).is_file():
             raise RefusedError(
                 f"{folder / PICKLE}: a pickle can run any code when it is read, so it is not read here. "
                 f"Save the adapter with PEFT again: it writes {TENSORS}."
             )
         raise RefusedError(f"{folder}: no {TENSORS} there.")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RefusedError(f"{file}: cannot be read: {error}") from error
+    return inside(folder, TENSORS)
 
 
 def sort_keys(file: Path, model: nn.Module, format: Format, config: Config, tensors: Tensors) -> Folder:
@@ -116,15 +132,15 @@ def refuse_unknown(file: Path, model: nn.Module, format: Format, found: Mapping[
         )
 
 
-def refuse_other_base(file: Path, model: nn.Module, copies: Tensors) -> None:
-    here = dict(sites(model))
-    for path, tensor in copies.items():
-        weight = getattr(here[path], "weight", None)
-        if not (isinstance(weight, Tensor) and weight.shape == tensor.shape and torch.equal(tensor.to(weight), weight)):
-            raise RefusedError(
-                f"{file}: holds its own {path}.weight, which is not this base's: it was resized or trained, or the "
-                f"base is another one."
-            )
+def refuse_other_base(file: Path, model: nn.Module, path: str, copy: Tensor) -> None:
+    """Of a copy without values the shape alone is compared."""
+    weight = getattr(dict(sites(model))[path], "weight", None)
+    same = isinstance(weight, Tensor) and weight.shape == copy.shape
+    if not same or not (copy.is_meta or torch.equal(copy.to(weight), weight)):
+        raise RefusedError(
+            f"{file}: holds its own {path}.weight, which is not this base's: it was resized or trained, or the "
+            f"base is another one."
+        )
 
 
 def refuse_missing(file: Path, model: nn.Module, format: Format, found: Folder) -> None:

@@ -80,7 +80,17 @@ def _loss(run: Recorded) -> list[Series]:
             points.setdefault(step, found.get("loss"))
     known = [(step, _value(loss)) for step, loss in sorted(points.items()) if loss is not None]
     held_out = Series("held-out", [step for step, _ in known], [loss for _, loss in known], "points", hue=1)
-    return _trained(run, "loss", hue=0) + ([held_out] if known else [])
+    return _trained(run, "loss", hue=0) + ([held_out] if known else []) + _spikes(run)
+
+
+def _spikes(run: Recorded) -> list[Series]:
+    """A mark on each step whose loss stood out, none above what the axis holds."""
+    raw = Series("", *run.column("loss"), "thin")
+    marks = {row["step"] for row in run.steps if row.get("spike") is True}
+    xs = [x for x, _ in raw.points() if x in marks]
+    top = max(raw.telling(), default=0.0)
+    ys = [min(y, top) for x, y in raw.points() if x in marks]
+    return [Series("spike", xs, ys, "points", hue=5)] if xs else []
 
 
 def _value(loss: object) -> float:

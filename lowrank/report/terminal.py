@@ -50,7 +50,7 @@ def samples(rows: Iterable[Mapping[str, Any]], n: int = 3) -> Group:
 
 
 def closing(folder: Path, summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table, three samples and the run's figures to standard output.
+    """Print the table, three samples and the run's figures to standard output; of a run that goes on later the figures.
 
     Colours only on a terminal, and none under NO_COLOR; a pipe gets at least ``WIDTH`` columns.
     """
@@ -59,8 +59,9 @@ def closing(folder: Path, summary: Mapping[str, Any], samples: Sequence[Mapping[
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = max(WIDTH, console.width)
-    console.print(table(summary))
-    console.print(_samples(samples))
+    if summary.get("status") != "interrupted":
+        console.print(table(summary))
+        console.print(_samples(samples))
     for name, text in _lines(Path(folder), summary):
         console.print(Text.assemble((f"{name:<14}", "dim"), text), soft_wrap=True)
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from lowrank.config import Track
 from lowrank.errors import ConfigError
+from lowrank.secrets import redacted, redacted_tree
 from lowrank.train.hooks import Hook, StepRecord
 
 
@@ -57,7 +58,7 @@ def tracker(track: Track, folder: Path, config: dict[str, Any]) -> Tracker | Non
         return None
     start = writer_class(track.kind)
     try:
-        return Tracker(track.kind, start(track, folder, config))
+        return Tracker(track.kind, start(track, folder, redacted_tree(config)))
     except Exception as error:  # not logged in, no network, a folder that cannot be written …
         complain(track.kind, error)
         return None
@@ -80,4 +81,5 @@ def writer_class(kind: str) -> Callable[[Track, Path, dict[str, Any]], Writer]:
 
 
 def complain(kind: str, error: Exception) -> None:
-    print(f"track: {kind} failed ({type(error).__name__}: {error}); the run goes on.", file=sys.stderr, flush=True)
+    told = redacted(f"track: {kind} failed ({type(error).__name__}: {error}); the run goes on.")
+    print(told, file=sys.stderr, flush=True)

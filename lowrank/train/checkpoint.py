@@ -1,178 +1,206 @@
-"""Checkpoints: a folder appears whole or not at all, and a flipped bit anywhere in it is found.
+"""Checkpoints: what one holds, how it is read back, which ones stay, and when a run writes one.
 
-Commit: write into ``.staging-…``, fsync every file, write MANIFEST.json (bytes and SHA-256 of each), fsync,
-rename to ``step-<number>``, fsync the parent. Safetensors and JSON only; nothing is ever unpickled.
+Safetensors and JSON only; nothing is ever unpickled. How a folder is committed and verified is in ``manifest``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import copy
 import math
-import os
-import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowrank.disk import sync
-from lowrank.errors import RefusedError
+from lowrank import manifest
+from lowrank.disk import discard, sync, write_text
+from lowrank.errors import NumericsError, RefusedError
+from lowrank.manifest import canonical, committed, newest, read_json, verify
+from lowrank.train import tensors
+from lowrank.train.background import Files, Foreground, Writer
 from lowrank.train.hooks import Hook, StepRecord
 
-MANIFEST, STATE, INDEX = "MANIFEST.json", "state.json", "index.json"
+__all__ = ["Checkpoints", "Saved", "committed", "newest", "prune", "read", "read_tensors", "save", "verify"]
+
+STATE, INDEX = "state.json", "index.json"
 
 
 @dataclass(frozen=True)
 class Saved:
     """What a checkpoint holds: tensors by file (``adapter``, ``optimizer``) and name, and plain values."""
 
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: Files
     state: dict[str, Any]
 
 
 def save(folder: Path, step: int, saved: Saved) -> Path:
-    """Commits ``saved`` as ``folder/step-<step>``; one that is there and verifies is left as it is."""
-    final = folder / f"step-{step:08d}"
-    if final.exists():
-        if verify(final) is None:
-            return final
-        shutil.rmtree(final)
-    staging = folder / f".staging-{step:08d}-{os.getpid()}"
-    for left in folder.glob(".staging-*"):  # by a crash: the run directory is this process's alone
-        shutil.rmtree(left)
-    staging.mkdir(parents=True)
-    for name, tensors in saved.tensors.items():
-        plain = {
-            key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
-        }
-        save_file(plain, staging / f"{name}.safetensors", metadata={"format": "pt"})
-    (staging / STATE).write_bytes(canonical(saved.state))
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(staging.iterdir())}
-    for name in files:
-        sync(staging / name)
-    (staging / MANIFEST).write_bytes(sealed({"step": step, "files": files}))
-    sync(staging / MANIFEST)
-    sync(staging)
-    staging.rename(final)
-    sync(folder)
+    """Commits ``saved`` as ``folder/step-<step>``; one that is there, verifies and has this state is left as it is."""
+    final, state = folder / name_of(step), canonical(saved.state)
+    clear(folder)
+    if sound(final) and canonical(read_state(final)) == state:
+        return final
+    with manifest.committing(final, step=step) as staging:
+        for name, held in saved.tensors.items():
+            staging.write(f"{name}.safetensors", tensors.pieces(held))
+        staging.write(STATE, [state])
     return final
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file, or None."""
-    try:
-        raw = (path / MANIFEST).read_bytes()
-        manifest = json.loads(raw)
-        if sealed({key: manifest[key] for key in ("step", "files")}) != raw:
-            return f"{path.parent.name}/{path.name}/{MANIFEST}: not what was written"
-        for name, facts in manifest["files"].items():
-            where = f"{path.parent.name}/{path.name}/{name}"
-            if not (path / name).is_file():
-                return f"{where}: missing"
-            if (path / name).stat().st_size != facts["bytes"] or sha256(path / name) != facts["sha256"]:
-                return f"{where}: sha256 differs from its manifest"
-    except FileNotFoundError:
-        return f"{path.parent.name}/{path.name}/{MANIFEST}: missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{path.parent.name}/{path.name}/{MANIFEST}: not what was written"
-    return None
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and what is wrong with each newer one."""
-    wrong: list[str] = []
-    for path in reversed(committed(folder)):
-        fault = verify(path)
-        if fault is None:
-            return path, wrong
-        wrong.append(fault)
-    return None, wrong
+def sound(path: Path) -> bool:
+    return path.is_dir() and verify(path) is None
 
 
-def committed(folder: Path) -> list[Path]:
-    """Every ``step-<number>`` of the folder, oldest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+def clear(folder: Path) -> None:
+    """Removes what a crash left: the run directory is this process's alone."""
+    for pattern in (".staging-*", f".{INDEX}.*"):
+        for left in folder.glob(pattern):
+            discard(left)
 
 
 def read(path: Path) -> Saved:
     """The content of a checkpoint that verifies; RefusedError, naming the file, where it does not."""
+    refuse_fault(path)
+    found = {file.stem: tensors.read(file) for file in sorted(path.glob("*.safetensors"))}
+    return Saved(found, read_state(path))
+
+
+def read_tensors(path: Path, file: str, shapes: tensors.Shapes | None = None) -> dict[str, Tensor]:
+    """One file of tensors (``adapter``) of a checkpoint that verifies; RefusedError where it does not, or where they
+    are not of these names and ``shapes``."""
+    refuse_fault(path)
+    return tensors.read(path / f"{file}.safetensors", shapes)
+
+
+def refuse_fault(path: Path) -> None:
     fault = verify(path)
     if fault is not None:
         raise RefusedError(f"{fault}.")
-    tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
-    return Saved(tensors, json.loads((path / STATE).read_bytes()))
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Deletes all but the newest ``keep`` and the best, once the newest has been read back and verifies."""
+def read_state(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path / STATE)
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"{path / STATE}: cannot be read: {error}.") from error
+
+
+def prune(folder: Path, keep: int, known: Iterable[str] = ()) -> set[str]:
+    """Deletes what is older than the newest ``keep`` that verify, except the best; index.json names newest and best.
+
+    ``known`` are folders that were seen to verify, by name; any other is read back first. Returns all that do.
+    """
     paths = committed(folder)
-    best = best_of(paths)
-    if paths and verify(paths[-1]) is None:
-        for path in paths[:-keep]:
-            if path != best:
-                shutil.rmtree(path)
-        index = {"newest": paths[-1].name, "best": best.name if best else None}
-        staged = folder / f".{INDEX}.{os.getpid()}"
-        staged.write_bytes(canonical(index))
-        staged.replace(folder / INDEX)
+    good = [path for path in paths if path.name in known or verify(path) is None]
+    if not good:
+        return set()
+    best = best_of(good[-1])
+    write_text(folder / INDEX, canonical({"newest": good[-1].name, "best": best.name if best else None}).decode())
+    kept = {best, *paths[paths.index(good[-keep:][0]) :]}
+    manifest.remove(path for path in paths if path not in kept)
+    return {path.name for path in good if path in kept}
 
 
-def best_of(paths: list[Path]) -> Path | None:
-    """The checkpoint with the lowest held-out loss, of those that were evaluated at their own step."""
-    losses = {}
-    for path in paths:
-        try:
-            loss = json.loads((path / STATE).read_bytes()).get("held_out_loss")
-        except (OSError, ValueError):
-            continue  # a damaged one cannot be the best; verify names it when it is asked for
-        if loss is not None and math.isfinite(loss):
-            losses[path] = loss
-    return min(losses, key=losses.__getitem__) if losses else None
+def best_of(path: Path) -> Path | None:
+    """The folder with the lowest held-out loss so far, as the state of checkpoint ``path`` has it, if it is there."""
+    best = checked_best(read_state(path).get("best"))
+    found = path.with_name(name_of(best["step"])) if best else None
+    return found if found is not None and found.is_dir() else None
+
+
+def checked_best(value: Any) -> dict[str, Any] | None:
+    """A state's ``best``, if it is what ``better`` makes."""
+    kinds = {name: type(held) for name, held in value.items()} if isinstance(value, dict) else {}
+    return value if kinds == {"step": int, "loss": float} else None
+
+
+def better(best: dict[str, Any] | None, step: int, loss: float | None) -> dict[str, Any] | None:
+    """The best checkpoint so far, where the one of ``step`` has this held-out loss (None: it was not evaluated)."""
+    if loss is None or not math.isfinite(loss) or (best is not None and loss >= best["loss"]):
+        return best
+    return {"step": step, "loss": loss}
+
+
+def refuse_not_finite(trained: Mapping[str, Tensor], step: int) -> None:
+    """Raises NumericsError, naming the first tensor with a value that is NaN or infinite."""
+    for name, tensor in trained.items():
+        if not torch.isfinite(tensor.detach()).all():
+            raise NumericsError(f"step {step}: {name} is not finite after the update, so it is not saved")
 
 
 class Checkpoints(Hook):
-    """Saves every ``every`` steps and after the ``last`` (0: never); keeps the newest ``keep`` and the best."""
+    """Saves every ``every`` steps and after the ``last`` (0: never); keeps the newest ``keep`` and the best.
 
-    def __init__(self, folder: Path, snapshot: Callable[[], Saved], *, every: int, keep: int, last: int) -> None:
+    ``trained`` are refused where they are not finite; ``beside`` are files that a checkpoint's state tells of, and
+    that are on the disk before it is committed. ``snapshot``'s ``held_out_loss``, if any, decides which is the best.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        snapshot: Callable[[], Saved],
+        *,
+        every: int,
+        keep: int,
+        last: int,
+        trained: Mapping[str, Tensor] | None = None,
+        beside: Iterable[Path] = (),
+        writer: Writer | None = None,
+    ) -> None:
         self.folder, self.snapshot, self.every, self.keep, self.last = folder, snapshot, every, keep, last
+        self.trained, self.beside, self.writer = trained or {}, tuple(beside), writer or Foreground()
+        self.best: dict[str, Any] | None = None  # its step and held-out loss
+        self.latest: int | None = None  # the step that was saved last
+        self.known: set[str] = set()  # folders that were read back and verified
 
     def after_step(self, record: StepRecord) -> None:
+        self.writer.check()
         if self.every and (record.step % self.every == 0 or record.step == self.last):
-            self.save(record.step)
+            self.begin(record.step)
 
     def save(self, step: int) -> Path:
-        path = save(self.folder, step, self.snapshot())
-        prune(self.folder, self.keep)
+        """The step's checkpoint for an ending: what is there if it is good, else committed when this returns."""
+        self.writer.wait()
+        path = self.folder / name_of(step)
+        if self.latest != step and not sound(path):
+            self.begin(step)
+            self.writer.wait()
         return path
 
+    def begin(self, step: int) -> None:
+        """Hands the writer what is to be saved. Raises NumericsError where it must not be."""
+        self.writer.wait()  # it holds one copy
+        refuse_not_finite(self.trained, step)
+        found = self.snapshot()
+        self.best = better(self.best, step, found.state.get("held_out_loss"))
+        state = copy.deepcopy({**found.state, "best": self.best})  # hooks go on changing theirs
+        self.writer.start(partial(self.commit, step, Saved(self.writer.held(found.tensors), state)))
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Field by field, ``old → new`` (or ``differs`` for hashes), where two identities are not equal."""
-    found = {}
-    for name in [*saved, *(name for name in now if name not in saved)]:
-        old, new = saved.get(name), now.get(name)
-        if old != new:
-            hashed = isinstance(old, str) and len(old) >= 32
-            found[name] = "differs" if hashed else f"{json.dumps(old)} → {json.dumps(new)}"
-    return found
+    def commit(self, step: int, saved: Saved) -> None:
+        for path in self.beside:
+            if path.exists():
+                sync(path)
+        path = save(self.folder, step, saved)
+        self.known = prune(self.folder, self.keep, self.known - {path.name})
+        self.latest = step
 
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on after the checkpoint with this state; does what a crash after its commit has kept from being done."""
+        self.best = checked_best(state.get("best"))
+        clear(self.folder)
+        self.known = prune(self.folder, self.keep)
 
-def canonical(value: Any) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
+    def wait(self) -> None:
+        """Until what was begun is committed; raises what went wrong in it."""
+        self.writer.wait()
 
-
-def sealed(manifest: dict[str, Any]) -> bytes:
-    """A manifest with the hash of itself: a reader writes it again and compares every byte."""
-    return canonical({**manifest, "sha256": hashlib.sha256(canonical(manifest)).hexdigest()})
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def close(self) -> BaseException | None:
+        """For every ending: returns what went wrong in the background and has not been raised."""
+        return self.writer.close()

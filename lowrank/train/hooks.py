@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
+
+from lowrank.train.finite import Fault
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class StepRecord:
     tokens_per_s: float  # real tokens
     peak_memory_mb: float
     seconds: float
+    spike: bool = False  # the loss stands far above those before it
 
     def to_dict(self) -> dict[str, Any]:
         return {"event": "step", **asdict(self)}
@@ -39,6 +42,9 @@ class Hook:
     def after_step(self, record: StepRecord) -> None:
         """The step is over and counted."""
 
+    def after_skip(self, fault: Fault) -> None:
+        """A batch was passed over, since something in it was not finite; its step comes again with the next."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: tensors and JSON values by name."""
         return {}
@@ -48,20 +54,21 @@ class Hook:
             raise ValueError(f"{type(self).__name__} holds no state, but a checkpoint has some for it")
 
 
-def split(states: Iterable[dict[str, Any]]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The states of several hooks as the tensors of one file, ``0.importance``, and JSON values in their order."""
+def split(states: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The states of several hooks by name, which has no dot, as the tensors of one file, ``0.importance``, and JSON
+    values by that name."""
     tensors: dict[str, Tensor] = {}
-    values: list[dict[str, Any]] = []
-    for i, state in enumerate(states):
-        tensors |= {f"{i}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
-        values.append({name: value for name, value in state.items() if not isinstance(value, Tensor)})
+    values: dict[str, dict[str, Any]] = {}
+    for hook, state in states.items():
+        tensors |= {f"{hook}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+        values[hook] = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     return tensors, values
 
 
-def join(tensors: Mapping[str, Tensor], values: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def join(tensors: Mapping[str, Tensor], values: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What ``split`` took apart."""
-    states = [dict(held) for held in values]
+    states = {hook: dict(held) for hook, held in values.items()}
     for name, tensor in tensors.items():
-        i, _, key = name.partition(".")
-        states[int(i)][key] = tensor
+        hook, _, key = name.partition(".")
+        states[hook][key] = tensor
     return states

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,13 +15,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import NumericsError
 from lowrank.keys import Clock, digest
+from lowrank.train import finite
+from lowrank.train.finite import Fault, NotFinite
+from lowrank.train.guard import Guard
 from lowrank.train.hooks import Hook, StepRecord
 from lowrank.train.loss import TargetBatch
 from lowrank.train.optim import set_lr
 from lowrank.train.precision import Precision
 from lowrank.train.schedule import Schedule
+from lowrank.train.spikes import WINDOW, spike
 
 
 class MicroBatch(TargetBatch, Protocol):
@@ -41,9 +45,19 @@ class State:
     """All that moves, besides parameters and optimizer: it is what a checkpoint's state.json holds."""
 
     step: int = 0  # optimizer steps done
+    position: int = 0  # batches consumed, each once: step + skipped
+    skipped: int = 0  # batches that gave no step, since something was not finite
+    skipped_in_row: int = 0
     real_tokens: int = 0
     target_tokens: int = 0
     seconds: float = 0.0
+    data_order: str = ""  # a running sha256 over the rows of every batch consumed
+    recent: list[float] = field(default_factory=list)  # the last losses, for spikes
+
+    def consume(self, batches: Sequence[MicroBatch]) -> None:
+        self.position += 1
+        rows = [list(batch.rows) for batch in batches]
+        self.data_order = hashlib.sha256(f"{self.data_order}{rows}".encode()).hexdigest()
 
 
 @dataclass
@@ -64,10 +78,18 @@ class Loop:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     state: State = field(default_factory=State)
     stop: bool = False  # set by a signal: finish the step, then leave
+    max_skipped: int = 0  # batches in a row that may be passed over where something is not finite
+    trace: bool = False  # then find the module in which it first was not
+    named: Callable[[nn.Module], Iterable[tuple[str, nn.Module]]] = nn.Module.named_modules  # what modules are called
 
     def run(self, steps: int) -> None:
+        """Raises NotFinite where the finite guard stops it: parameters are then those of the last whole step."""
         while self.state.step < steps and not self.stop:
-            record = self.step()
+            try:
+                record = self.step()
+            except NotFinite as error:
+                self.skip(error.fault)
+                continue
             if record is not None:
                 for hook in self.hooks:
                     hook.after_step(record)
@@ -76,65 +98,79 @@ class Loop:
         """One optimizer step, or None where fp16's loss scale overflowed: the same step then comes again."""
         started = time.perf_counter()
         step = self.state.step + 1
-        batches = self.batches.at(step)
+        batches = self.batches.at(self.state.position + 1)
         targets = sum(len(batch.targets) for batch in batches)  # of the whole step, before the first forward
+        guard = self.guard(step, batches, targets)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         with default_generator_restored():
             for index, batch in enumerate(batches):
-                self.clock.set(step, index)
-                torch.manual_seed(digest(self.clock.seed, "model dropout", step, index))
-                with self.precision.autocast():
-                    loss = self.loss(self.model, batch.to(self.device))
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise self.not_finite(step, f"loss is {value}", index, batches)
+                loss = self.forward(step, index, batch)
+                total += guard.loss(loss, index)
                 self.precision.backward(loss / targets)
-                total += value
         penalty = self.penalty()
+        guard.penalty(penalty)
         if isinstance(penalty, Tensor):
             self.precision.backward(penalty)
         self.precision.unscale(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_norm))
-        overflowed = self.precision.overflowed(norm)
-        if not math.isfinite(norm) and not overflowed:
-            raise self.not_finite(step, f"gradient norm is {norm}", None, batches)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        if guard.overflowed(norm):
+            self.precision.update(self.optimizer)  # which takes no step, and halves the scale
+            return None
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_norm, norm)
         lr = set_lr(self.optimizer, self.schedule(step))
-        for hook in self.hooks if not overflowed else ():
+        for hook in self.hooks:
             hook.before_update(step)
         self.precision.update(self.optimizer)
-        if overflowed:
-            return None
+        guard.update(lr)
         for hook in self.hooks:
             hook.after_update(step)
-        real = sum(batch.real_tokens for batch in batches)
-        return self.count(step, total / targets, lr, norm, targets, real, time.perf_counter() - started)
+        return self.count(batches, total / targets, lr, float(norm), time.perf_counter() - started)
 
-    def count(
-        self, step: int, loss: float, lr: float, norm: float, targets: int, real: int, seconds: float
-    ) -> StepRecord:
-        self.state.step = step
+    def forward(self, step: int, index: int, batch: MicroBatch) -> Tensor:
+        """The summed loss of a micro-batch, all randomness keyed: the same bits whenever it is called."""
+        self.clock.set(step, index)
+        torch.manual_seed(digest(self.clock.seed, "model dropout", step, index))
+        with self.precision.autocast():
+            return self.loss(self.model, batch.to(self.device))
+
+    def count(self, batches: Sequence[MicroBatch], loss: float, lr: float, norm: float, seconds: float) -> StepRecord:
+        targets, real = sum(len(b.targets) for b in batches), sum(b.real_tokens for b in batches)
+        stands_out, memory = spike(self.state.recent, loss), peak_memory_mb(self.device)
+        self.state.step += 1
+        self.state.consume(batches)
+        self.state.skipped_in_row = 0
         self.state.real_tokens += real
         self.state.target_tokens += targets
         self.state.seconds += seconds
-        memory = peak_memory_mb(self.device)
-        return StepRecord(step, loss, lr, norm, targets, real, real / seconds, memory, seconds)
+        self.state.recent = [*self.state.recent, loss][-WINDOW:]
+        return StepRecord(self.state.step, loss, lr, norm, targets, real, real / seconds, memory, seconds, stands_out)
 
-    def not_finite(self, step: int, what: str, index: int | None, batches: Sequence[MicroBatch]) -> NumericsError:
-        self.optimizer.zero_grad(set_to_none=True)
-        rows = batches[index].rows if index is not None else [row for batch in batches for row in batch.rows]
-        where = f" in micro-batch {index + 1} of {len(batches)}" if index is not None else ""
-        return NumericsError(
-            f"step {step}: {what}{where} (rows {show_rows(rows)}). Parameters are those of step {self.state.step}"
-        )
+    def guard(self, step: int, batches: Sequence[MicroBatch], targets: int) -> Guard:
+        def again(index: int) -> None:
+            with default_generator_restored():
+                loss = self.forward(step, index, batches[index])
+                if torch.isfinite(loss):
+                    self.precision.backward(loss / targets)
 
+        return Guard(step, batches, self.model, self.parameters, self.precision, again, self.named, self.trace)
 
-def show_rows(rows: Sequence[int]) -> str:
-    """``1032–1039`` where they follow one another, else the first few."""
-    if len(rows) > 1 and list(rows) == list(range(rows[0], rows[0] + len(rows))):
-        return f"{rows[0]}–{rows[-1]}"
-    return ", ".join(str(row) for row in rows[:16]) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
+    def skip(self, fault: Fault) -> None:
+        """Passes over the batch. Raises NotFinite where that is not wanted, has been done too often or cannot help."""
+        if fault.trained:
+            raise NotFinite(fault, fault.trained)
+        if self.state.skipped_in_row >= self.max_skipped:
+            often = f"It is batch {self.max_skipped + 1} in a row (loop.max_skipped). " if self.max_skipped else ""
+            weight = finite.damaged(self.model, self.named)
+            base = f"{weight}, which does not train, is not finite. " if weight else ""
+            raise NotFinite(fault, f"{often}{base}Parameters are those of step {self.state.step}")
+        self.state.skipped += 1
+        self.state.skipped_in_row += 1
+        self.state.consume(self.batches.at(self.state.position + 1))
+        for hook in self.hooks:
+            if isinstance(hook, Hook):  # a method's own may be any class with the other calls
+                hook.after_skip(fault)
 
 
 @contextmanager

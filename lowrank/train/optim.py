@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import ConfigError, nearest
+
+GIVEN = ("params", "names", "lr", "peak_lr", "weight_decay")  # of a group: the configuration's and the schedule's
+GROUP = "group:"
+CPU = torch.device("cpu")
 
 
 def groups(
@@ -52,26 +57,84 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state as (tensors, plain values), both by ``parameter name|state name``."""
-    tensors, values = {}, {}
+    """The optimizer's state as (tensors, plain values), both by ``parameter name|state name``; what it moves in a group
+    by ``first parameter's name|group:name``. Raises ConfigError for a state that neither of the two can be."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for key, value in held(optimizer):
+        if isinstance(value, Tensor):
+            tensors[key] = value
+        elif plain(value):
+            values[key] = value
+        else:
+            raise ConfigError(
+                f"optim._target_: {type(optimizer).__name__} holds {key} as {type(value).__name__}, which a checkpoint "
+                "cannot keep: tensors, numbers and texts. Name another optimizer, or set checkpoint.every=0."
+            )
+    return tensors, values
+
+
+def held(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
     for group in optimizer.param_groups:
+        for what, value in moved(group, optimizer.defaults).items():
+            yield f"{group['names'][0]}|{GROUP}{what}", value
         for name, parameter in zip(group["names"], group["params"], strict=True):
             for what, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"{name}|{what}"] = value
-                else:
-                    values[f"{name}|{what}"] = value
-    return tensors, values
+                yield f"{name}|{what}", value
+
+
+def moved(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer itself has set in a group (Prodigy its ``d``): no longer the default, or a tensor."""
+    found = {what: value for what, value in group.items() if what not in GIVEN}
+    return {w: v for w, v in found.items() if isinstance(v, Tensor) or w not in defaults or v != defaults[w]}
+
+
+def plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
     """Puts back what ``state_tensors`` gave; tensors keep their dtype and go to their parameter's device."""
-    owner = {
-        name: p for group in optimizer.param_groups for name, p in zip(group["names"], group["params"], strict=True)
+    owners = {
+        name: (group, parameter)
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
     }
+    make_own_state(optimizer, {name.rpartition("|")[0] for name in [*tensors, *values] if f"|{GROUP}" not in name})
     for key, value in [*tensors.items(), *values.items()]:
         name, _, what = key.rpartition("|")
-        parameter = owner[name]
-        if isinstance(value, Tensor):
-            value = value.clone() if what == "step" else value.to(parameter.device).clone()
-        optimizer.state[parameter][what] = value
+        group, parameter = owners[name]
+        if what.startswith(GROUP):
+            what, target, device = what.removeprefix(GROUP), group, value.device if isinstance(value, Tensor) else None
+        else:
+            target = optimizer.state[parameter]
+            device = parameter.device if what != "step" or group.get("capturable") or group.get("fused") else CPU
+        put(target, what, value, device)
+
+
+def put(target: dict[str, Any], what: str, value: Any, device: torch.device | None) -> None:
+    """In the memory that is there, where there is a tensor like it: that may be of a kind of its own (paged)."""
+    there = target.get(what)
+    if not isinstance(value, Tensor):
+        target[what] = tuple(value) if isinstance(there, tuple) else value
+    elif isinstance(there, Tensor) and (there.shape, there.dtype) == (value.shape, value.dtype):
+        with torch.no_grad():
+            there.copy_(value)
+    else:
+        target[what] = value.to(device, copy=True)
+
+
+def make_own_state(optimizer: torch.optim.Optimizer, names: Collection[str]) -> None:
+    """bitsandbytes makes a parameter's state at its first step, 8-bit or not by its size, and paged where it was asked
+    to be: so it is asked to make it, and only the values are ours."""
+    if not any(cls.__module__.startswith("bitsandbytes.") for cls in type(optimizer).__mro__):
+        return
+    maker: Any = optimizer
+    for index, group in enumerate(optimizer.param_groups):
+        for place, (name, parameter) in enumerate(zip(group["names"], group["params"], strict=True)):
+            if name in names and not optimizer.state[parameter]:
+                maker.init_state(group, parameter, index, place)

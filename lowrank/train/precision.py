@@ -20,6 +20,7 @@ class Precision:
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device, self.dtype = name, device, DTYPES[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        self.good = self.scaler.get_scale()  # that of the last step made
 
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.name == "fp32" else torch.autocast(self.device.type, dtype=self.dtype)
@@ -30,20 +31,31 @@ class Precision:
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         self.scaler.unscale_(optimizer)
 
-    def overflowed(self, norm: float) -> bool:
-        """Whether a gradient that is not finite is the loss scale's doing: the step is then tried at half of it."""
-        return self.name == "fp16" and not torch.isfinite(torch.tensor(norm)) and self.scaler.get_scale() > 1
+    def may_halve(self) -> bool:
+        """Whether a gradient that is not finite may be the loss scale's doing: the step is then tried at half of it."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's step or, where an unscaled gradient is not finite, half the scale and no step."""
+        before = self.scaler.get_scale()
         self.scaler.step(optimizer)
         self.scaler.update()
+        if self.scaler.get_scale() >= before:
+            self.good = self.scaler.get_scale()
+
+    def forget(self) -> None:
+        """A step that is given up: the scale is again that of the last one made, however often this one halved it."""
+        if self.scaler.is_enabled():
+            self.scaler.scale(torch.zeros((), device=self.device))  # one that has scaled nothing yet cannot be set
+            self.scaler.update(self.good)
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self.scaler.state_dict())
+        return {**self.scaler.state_dict(), "good": self.good} if self.scaler.is_enabled() else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             self.scaler.load_state_dict(state)
+            self.good = state["good"]
 
 
 def resolve(name: str, device: torch.device) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from written import Fields, Settings, jsonl, refused, row, written
 
-from lowrank.data import files, sources
+from lowrank.data import sources
+from lowrank.data.table import Table
 from lowrank.errors import DataError
 
 
@@ -163,7 +164,7 @@ def test_damaged_files_are_read_or_refused_but_never_crash(kind: str, tmp_path: 
 def test_rows_are_streamed_not_read_at_once(tmp_path: Path) -> None:
     settings = written(tmp_path / "a.jsonl", json.dumps(row(1)) + "\nnot json\n")
     assert settings.path is not None
-    rows = files.rows("jsonl", Path(settings.path))
+    rows = Table("jsonl", Path(settings.path)).rows()
     assert next(rows) == (1, row(1))  # the second line has not been looked at
     with pytest.raises(DataError):
         next(rows)

@@ -28,6 +28,7 @@ class Settings:
     eval_fraction: float = 0.1
     fields: Fields = field(default_factory=Fields)
     template: str = "instruction"
+    on_malformed: str = "error"
     limit: int | None = None
     seed: int = 0
 

@@ -76,7 +76,6 @@ FIELDS: list[tuple[str, str, Any]] = [
     ("IA3", "feedforward_modules", "("),
     ("IA3", "modules_to_save", ["lm_head"]),
     ("LoHa", "r", True),
-    ("LoHa", "alpha", float("inf")),
     ("LoHa", "rank_dropout", 0.1),
     ("LoHa", "module_dropout", 0.1),
     ("LoHa", "rank_pattern", {"(": 2}),

@@ -192,6 +192,14 @@ def test_nan_losses_are_marked_and_do_not_stop_the_page(folder: Path) -> None:
     assert not [value for name, value in page.attributes if name in ("d", "cx", "cy") and "nan" in value]
 
 
+def test_a_spike_is_marked_on_the_loss_curve(folder: Path) -> None:
+    rows = [step(n, loss=9.5 if n == 3 else 2.0, spike=n == 3) for n in range(1, 7)]
+    (folder / "metrics.jsonl").write_text(lines(rows))
+    assert "spike 9.5" in written(folder).text
+    (folder / "metrics.jsonl").write_text(lines([{**row, "spike": False} for row in rows]))
+    assert "spike 9.5" not in written(folder).text
+
+
 def test_a_run_of_one_step_is_drawn(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text(lines([step(1)]))
     page = written(folder)

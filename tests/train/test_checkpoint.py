@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank.errors import RefusedError
+from lowrank import manifest
+from lowrank.errors import NumericsError, RefusedError
 from lowrank.keys import key
-from lowrank.train import checkpoint
-from lowrank.train.checkpoint import Checkpoints, Saved, committed, differences, newest, prune, read, save, verify
+from lowrank.train import checkpoint, tensors
+from lowrank.train.checkpoint import Checkpoints, Saved, committed, newest, read, save, verify
 from lowrank.train.hooks import StepRecord
 
 
@@ -150,43 +152,12 @@ def test_only_committed_folders_count_and_they_go_by_number(tmp_path: Path) -> N
     assert names(tmp_path) == ["step-00000009", "step-00000010", "step-100000000"]
 
 
-@pytest.mark.parametrize("keep", [1, 2, 5])
-def test_pruning_keeps_the_newest_and_beside_them_the_best(keep: int, tmp_path: Path) -> None:
-    losses = {1: 3.0, 2: 2.0, 3: None, 4: 2.5, 5: 2.6, 6: 2.7}
-    for step, loss in losses.items():
-        save(tmp_path, step, saved(step, held_out_loss=loss))
-    prune(tmp_path, keep)
-    kept = sorted({2, *list(losses)[-keep:]})
-    assert names(tmp_path) == [f"step-{step:08d}" for step in kept]
-    index = json.loads((tmp_path / "index.json").read_text())
-    assert index == {"newest": "step-00000006", "best": "step-00000002"}
-
-
-def test_pruning_without_an_evaluation_keeps_the_newest(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        save(tmp_path, step, saved(step, held_out_loss=None))
-    prune(tmp_path, 2)
-    assert names(tmp_path) == ["step-00000002", "step-00000003"]
-    assert json.loads((tmp_path / "index.json").read_text())["best"] is None
-
-
-def test_a_loss_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
-    for step, loss in ((1, float("nan")), (2, 2.0), (3, 3.0)):
-        save(tmp_path, step, saved(step, held_out_loss=loss))
-    prune(tmp_path, 1)
-    assert json.loads((tmp_path / "index.json").read_text())["best"] == "step-00000002"
-
-
-def test_nothing_is_deleted_while_the_newest_does_not_verify(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        save(tmp_path, step, saved(step))
-    (tmp_path / "step-00000003" / "state.json").unlink()
-    prune(tmp_path, 1)
-    assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000003"]
-
-
 def record(step: int) -> StepRecord:
     return StepRecord(step, 1.0, 1e-4, 0.1, 5, 9, 1.0, 1.0, 1.0)
+
+
+def hook(folder: Path, clock: dict[str, int], **options: Any) -> Checkpoints:
+    return Checkpoints(folder, lambda: saved(clock["step"]), **{"every": 1, "keep": 2, "last": 6, **options})
 
 
 @pytest.mark.parametrize(("every", "steps"), [(0, []), (1, [5, 6]), (3, [3, 6]), (4, [4, 6]), (10, [6])])
@@ -194,13 +165,72 @@ def test_the_hook_saves_every_so_many_steps_and_the_last_and_keeps_so_many(
     every: int, steps: list[int], tmp_path: Path
 ) -> None:
     clock = {"step": 0}
-    hook = Checkpoints(tmp_path, lambda: saved(clock["step"]), every=every, keep=2, last=6)
+    made = hook(tmp_path, clock, every=every)
     for step in range(1, 7):
         clock["step"] = step
-        hook.after_step(record(step))
+        made.after_step(record(step))
     assert names(tmp_path) == [f"step-{step:08d}" for step in steps]
     for path in committed(tmp_path):
-        assert equal(read(path), saved(int(path.name[5:])))
+        assert equal(read(path), saved(int(path.name[5:]), best=None))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_refused_by_name_before_a_file_is_written(value: float, tmp_path: Path) -> None:
+    trained = {"q.adapter.A": torch.ones(2, 3), "q.adapter.B": torch.zeros(3, 2)}
+    made = hook(tmp_path / "checkpoints", {"step": 5}, trained=trained)
+    trained["q.adapter.B"][2, 1] = value
+    for save_now in (lambda: made.after_step(record(5)), lambda: made.save(5)):
+        with pytest.raises(NumericsError, match=r"^step 5: q\.adapter\.B is not finite"):
+            save_now()
+    assert not (tmp_path / "checkpoints").exists()
+    trained["q.adapter.B"][2, 1] = 0.0
+    assert verify(made.save(5)) is None
+
+
+def test_an_ending_leaves_a_good_checkpoint_of_its_step_and_replaces_a_damaged_one(tmp_path: Path) -> None:
+    path = save(tmp_path, 3, saved(3))
+    made = hook(tmp_path, {"step": 3})
+    before = (path / "state.json").stat().st_mtime_ns
+    assert made.save(3) == path
+    assert (path / "state.json").stat().st_mtime_ns == before
+    (path / "adapter.safetensors").unlink()
+    assert verify(made.save(3)) is None
+
+
+def test_the_course_of_a_run_replaces_a_checkpoint_that_tells_less(tmp_path: Path) -> None:
+    """An evaluation that a signal broke off is made by the resume: its loss then belongs to that step's state."""
+    save(tmp_path, 3, saved(3, held_out_loss=None))
+    made = Checkpoints(tmp_path, lambda: saved(3, held_out_loss=2.0), every=1, keep=2, last=9)
+    made.after_step(record(3))
+    assert read(tmp_path / "step-00000003").state["best"] == {"step": 3, "loss": 2.0}
+
+
+def test_files_that_a_state_tells_of_are_on_the_disk_before_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    def renamed(one: Any, other: Any) -> None:
+        done.append(f"rename {other}")
+        rename(one, other)
+
+    metrics, later = tmp_path / "metrics.jsonl", tmp_path / "later.jsonl"
+    metrics.write_text("{}\n")
+    made = hook(tmp_path / "checkpoints", {"step": 1}, beside=[metrics, later])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", synced)
+        patch.setattr(os, "rename", renamed)
+        path = made.save(1)
+    committed_at = done.index(f"rename {path}")
+    assert str(metrics) in done[:committed_at]
+    staged = {Path(name).name for name in done[:committed_at] if ".staging-" in name}
+    assert {file.name for file in path.iterdir()} < staged  # and the folder itself
+    assert str(path.parent) in done[committed_at:]
 
 
 def test_what_a_crash_left_is_cleared_by_the_next_save(tmp_path: Path) -> None:
@@ -211,19 +241,11 @@ def test_what_a_crash_left_is_cleared_by_the_next_save(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002"]
 
 
-def test_identities_differ_field_by_field() -> None:
-    old = {"optim.lr": 2e-4, "data": "a" * 64, "seed": 0, "gone": 1}
-    new = {"optim.lr": 1e-4, "data": "b" * 64, "seed": 0, "new": [1]}
-    assert differences(old, new) == {
-        "optim.lr": "0.0002 → 0.0001", "data": "differs", "gone": "1 → null", "new": "null → [1]",
-    }  # fmt: skip
-    assert differences(old, dict(reversed(old.items()))) == {}
-
-
 def test_the_module_never_unpickles() -> None:
-    source = Path(checkpoint.__file__).read_text(encoding="utf-8")
-    assert "torch.load" not in source
-    assert "pickle" not in source.replace("unpickled", "")
+    for module in (checkpoint, manifest, tensors):
+        source = Path(module.__file__).read_text(encoding="utf-8")
+        assert "torch.load" not in source
+        assert "pickle" not in source.replace("unpickled", "")
 
 
 def test_a_folder_of_another_machine_verifies(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_tokens_are_counted_for_the_step_alone_and_summed_in_the_state(llama: Ll
 def test_a_record_is_a_row_of_metrics(llama: LlamaForCausalLM) -> None:
     loop, witness = witnessed(llama)
     loop.run(1)
-    names = "event step loss lr grad_norm target_tokens real_tokens tokens_per_s peak_memory_mb seconds"
+    names = "event step loss lr grad_norm target_tokens real_tokens tokens_per_s peak_memory_mb seconds spike"
     assert list(witness.records[0].to_dict()) == names.split()
     assert witness.records[0].to_dict()["event"] == "step"
 

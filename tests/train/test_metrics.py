@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from lowrank.errors import RefusedError
 from lowrank.train.hooks import Hook, StepRecord
-from lowrank.train.metrics import MethodEvents, Metrics, read
+from lowrank.train.metrics import MethodEvents, Metrics, read, refuse_changed
 
 
 def record(step: int, loss: float = 1.5) -> StepRecord:
@@ -41,27 +45,72 @@ def test_every_line_is_json_that_other_programs_read(tmp_path: Path) -> None:
 
 
 def test_rows_are_appended_to_what_an_earlier_process_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):
-        metrics = Metrics(tmp_path / "metrics.jsonl")
+        metrics = Metrics(path)
         metrics.after_step(record(step))
         metrics.close()
-    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+        assert metrics.place() == {
+            "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()
+        }  # fmt: skip
+    assert [row["step"] for row in read(path)] == [1, 2, 3]
+
+
+def left_by_a_crash(path: Path) -> dict[str, Any]:
+    """A row, the place of a checkpoint, a second row, and the beginning of a third."""
+    metrics = Metrics(path)
+    metrics.after_step(record(1))
+    place = metrics.place()
+    metrics.after_step(record(2, loss=9.0))
+    metrics.close()
+    with path.open("ab") as file:
+        file.write(b'{"event": "st')
+    return place
 
 
 def test_cutting_back_to_a_checkpoints_place_neither_repeats_nor_drops_a_row(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path)
-    metrics.after_step(record(1))
-    place = metrics.position()
-    metrics.after_step(record(2, loss=9.0))
-    metrics.file.write(b'{"event": "st')  # the crash
-    metrics.close()
+    place = left_by_a_crash(path)
     again = Metrics(path)
     again.cut(place)
-    assert again.position() == place
+    assert again.place() == place
     again.after_step(record(2))
     again.close()
     assert [(row["step"], row["loss"]) for row in read(path)] == [(1, 1.5), (2, 1.5)]
+    assert again.place()["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_run_that_starts_at_step_1_keeps_no_row_of_one_that_never_came_to_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    left_by_a_crash(path)
+    again = Metrics(path)
+    again.cut(None)
+    again.after_step(record(1, loss=7.0))
+    again.close()
+    assert [(row["step"], row["loss"]) for row in read(path)] == [(1, 7.0)]
+
+
+@pytest.mark.parametrize("harm", ["shorter", "one bit", "gone"])
+def test_a_file_that_is_not_what_a_checkpoint_was_made_after_is_refused_and_left_alone(
+    tmp_path: Path, harm: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    place = left_by_a_crash(path)
+    raw = path.read_bytes()
+    harmed = {
+        "shorter": raw[: place["bytes"] - 1],
+        "one bit": bytes([raw[0] ^ 1]) + raw[1:],
+        "gone": b"",
+    }[harm]
+    path.write_bytes(harmed)
+    metrics = Metrics(path)
+    with pytest.raises(RefusedError, match=r"metrics\.jsonl: its first .* bytes are not those"):
+        metrics.cut(place)
+    metrics.close()
+    assert path.read_bytes() == harmed
+    path.unlink()
+    with pytest.raises(RefusedError, match="Put the file back"):
+        refuse_changed(path, place)
 
 
 class TellsEverySecondStep(Hook):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,45 @@ OPTIMIZERS: dict[str, Build] = {
     "adamw": lambda made: torch.optim.AdamW(made),
     "amsgrad": lambda made: torch.optim.AdamW(made, amsgrad=True),
     "sgd": lambda made: torch.optim.SGD(made),
-    "momentum": lambda made: torch.optim.SGD(made, momentum=0.9),
+    "nesterov": lambda made: torch.optim.SGD(made, momentum=0.9, nesterov=True),
+    "adagrad": lambda made: torch.optim.Adagrad(made),
+    "rmsprop": lambda made: torch.optim.RMSprop(made, centered=True, momentum=0.9),
+    "adafactor": lambda made: torch.optim.Adafactor(made),
+    "nadam": lambda made: torch.optim.NAdam(made),
+    "asgd": lambda made: torch.optim.ASGD(made),
     "adamw8bit": lambda made: bitsandbytes.optim.AdamW8bit(made, min_8bit_size=128),
+    "lion8bit": lambda made: bitsandbytes.optim.Lion8bit(made, min_8bit_size=128),
+    "ademamix8bit": lambda made: bitsandbytes.optim.AdEMAMix8bit(made, min_8bit_size=128),
+    "lamb8bit": lambda made: bitsandbytes.optim.LAMB8bit(made, min_8bit_size=128),
+    "paged_adamw8bit": lambda made: bitsandbytes.optim.PagedAdamW8bit(made, min_8bit_size=128),
+    "moves_its_groups": lambda made: MovesItsGroups(made),
 }
+
+
+class MovesItsGroups(torch.optim.Optimizer):
+    """What it learns of all parameters stands in their group, as Prodigy's does: a number, a tensor, a pair."""
+
+    def __init__(self, params: list[dict[str, Any]]) -> None:
+        super().__init__(params, {"lr": 1e-2, "d": 1.0, "seen": torch.zeros(()), "range": (0.0, 0.0), "fixed": 3})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            norm = sum(float(p.grad.norm()) for p in group["params"] if p.grad is not None)
+            group["d"] = 0.5 * group["d"] + 0.1 * norm
+            group["seen"] = group["seen"] + 1
+            group["range"] = (min(group["range"][0], norm), max(group["range"][1], norm))
+            group["steps"] = group.get("steps", 0) + 1
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"] * group["d"] * group["range"][1] / group["steps"])
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """bitsandbytes says, and it is so, that nothing is paged on a CPU."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        yield
 
 
 def named() -> dict[str, nn.Parameter]:
@@ -143,6 +180,11 @@ def test_a_saved_state_goes_on_bit_for_bit_though_parameters_come_in_another_ord
                 assert torch.equal(value, theirs[what])
             else:
                 assert value == theirs[what]
+    settings = {n: g for g in resumed.param_groups for n in g["names"]}
+    for group in optimizer.param_groups:
+        theirs = settings[group["names"][0]]
+        assert group.keys() == theirs.keys()
+        assert all(group[what] == theirs[what] for what in group if what not in ("params", "names"))
 
 
 def test_state_is_named_by_parameter_and_holds_only_tensors_and_json() -> None:
@@ -166,6 +208,72 @@ def test_loading_copies_and_does_not_share_memory() -> None:
     load_state(resumed, tensors, plain)
     step(resumed, other, 2)
     assert all(torch.equal(tensors[name], kept[name]) for name in kept)
+
+
+def test_only_what_the_optimizer_itself_moved_in_a_group_is_kept() -> None:
+    parameters = named()
+    optimizer = make("moves_its_groups", parameters)
+    step(optimizer, parameters, 1)
+    tensors, plain = state_tensors(optimizer)
+    assert {key.rpartition("|")[2] for key in [*tensors, *plain]} == {
+        "group:d", "group:seen", "group:range", "group:steps",
+    }  # fmt: skip
+    other = make("moves_its_groups", named())
+    for group in other.param_groups:
+        group["lr"], group["fixed"] = 5.0, 4  # what the configuration now says
+    load_state(other, tensors, plain)
+    assert {(group["lr"], group["fixed"]) for group in other.param_groups} == {(5.0, 4)}
+    assert [group["range"] for group in other.param_groups] == [group["range"] for group in optimizer.param_groups]
+
+
+class OwnMemory(bitsandbytes.optim.AdamW8bit):
+    """Its moments lie in memory that it alone can provide, as a paged optimizer's do on a GPU."""
+
+    def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        made = super().get_state_buffer(p, dtype)
+        made.provided = True
+        return made
+
+
+def test_moments_come_back_in_the_memory_that_the_optimizer_provides() -> None:
+    parameters, other = named(), named()
+    optimizer = OwnMemory(groups(parameters, [], lr=1e-2, weight_decay=0.0), min_8bit_size=128)
+    step(optimizer, parameters, 1)
+    resumed = OwnMemory(groups(other, [], lr=1e-2, weight_decay=0.0), min_8bit_size=128)
+    load_state(resumed, *state_tensors(optimizer))
+    for name in parameters:
+        mine, theirs = optimizer.state[parameters[name]], resumed.state[other[name]]
+        for what in ("state1", "state2"):
+            assert theirs[what].provided
+            assert torch.equal(theirs[what], mine[what])
+
+
+@pytest.mark.cuda
+def test_paged_moments_are_paged_again() -> None:
+    def made(parameter: nn.Parameter) -> torch.optim.Optimizer:
+        group = groups({"w": parameter}, [], lr=1e-2, weight_decay=0.0)
+        return bitsandbytes.optim.PagedAdamW8bit(group)
+
+    first, second = (nn.Parameter(torch.ones(512, 512, device="cuda:0")) for _ in range(2))
+    optimizer, resumed = made(first), made(second)
+    first.grad = torch.randn(512, 512, device="cuda:0")
+    optimizer.step()
+    with torch.no_grad():
+        second.copy_(first)
+    load_state(resumed, *state_tensors(optimizer))
+    assert resumed.state[second]["state1"].is_paged
+    for parameter, each in ((first, optimizer), (second, resumed)):
+        parameter.grad = torch.full((512, 512), 0.5, device="cuda:0")
+        each.step()
+    assert torch.equal(first, second)
+
+
+def test_a_state_that_a_file_cannot_hold_is_refused_by_name() -> None:
+    parameters = named()
+    optimizer = make("sgd", parameters)
+    optimizer.state[parameters["a.norm.weight"]]["history"] = [torch.zeros(1)]
+    with pytest.raises(ConfigError, match=r"SGD holds a\.norm\.weight\|history as list"):
+        state_tensors(optimizer)
 
 
 def test_state_before_the_first_step_is_empty() -> None:

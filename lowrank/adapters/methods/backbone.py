@@ -207,4 +207,4 @@ def start_tokens(
     wrong = [token for token in text if not isinstance(token, int) or not 0 <= token < vocabulary]
     if wrong:
         raise ValueError(f"init_text: token {wrong[0]!r} is not allowed; the model has {vocabulary:,}.")
-    return torch.tensor(list(text), device="cpu").repeat(length)[:length]
+    return torch.tensor(list(text)[:length], device="cpu").repeat(-(-length // len(text)))[:length]

@@ -18,15 +18,15 @@ class OFT(Adapter):
     With ``neumann`` = n, R is I + 2Q + 2Q² + … + 2Qⁿ⁻² + Qⁿ⁻¹ instead, the beginning of the series of
     (I + Q)(I − Q)⁻¹: cheaper where blocks are large, orthogonal only while Q is small. PEFT's default is 5.
 
-    Raises ValueError where block_size is no divisor of in above 1, or neumann is neither 0 nor 4 or more.
+    Raises ValueError where block_size is no divisor of in above 1, or neumann is neither 0 nor 4 to 1000.
     """
 
     def __init__(self, base: nn.Module, *, generator: torch.Generator, block_size: int = 16, neumann: int = 0) -> None:
         super().__init__()
         if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 2:
             raise ValueError(f"block_size: {block_size!r} is not allowed; an integer, 2 or more.")
-        if isinstance(neumann, bool) or not isinstance(neumann, int) or (neumann and neumann < 4):
-            raise ValueError(f"neumann: {neumann!r} is not allowed; 0 (exact), or a number of terms, 4 or more.")
+        if isinstance(neumann, bool) or not isinstance(neumann, int) or (neumann and not 4 <= neumann <= 1000):
+            raise ValueError(f"neumann: {neumann!r} is not allowed; 0 (exact), or a number of terms, 4 to 1000.")
         width = shape(base)[1]
         if width % block_size:
             sizes = [n for n in range(2, width + 1) if width % n == 0]
