@@ -206,11 +206,16 @@ def report(error: BaseException) -> int:
     else:
         if os.environ.get("LOWRANK_DEBUG") == "1":
             print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-        code, cause = known.exit_code, redacted(str(known))
+        code, cause = known.exit_code, printable(redacted(str(known)))
         print(cause, file=sys.stderr)
     if path := os.environ.get("LOWRANK_CAUSE"):
         Path(path).write_text(cause, encoding="utf-8")
     return code
+
+
+def printable(text: str) -> str:
+    """``text`` with a mark for each character that could move a terminal's cursor: it may quote a stranger's file."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def of_omegaconf(error: OmegaConfBaseException) -> ConfigError:

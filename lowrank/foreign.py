@@ -110,6 +110,6 @@ def finite(digits: str) -> float:
 
 
 def whole(digits: str) -> int:
-    if len(digits) > 19 or not -(2**63) <= int(digits) < 2**63:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
         raise ValueError(f"{digits[:20]}… is beyond what a number can be")
     return int(digits)

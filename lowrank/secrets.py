@@ -22,7 +22,7 @@ SHORTEST = 6  # characters: what is shorter would be found within other words
 # TOKENIZERS_PARALLELISM holds no token, nor does max_new_tokens; PWD is a folder.
 NAME = re.compile(
     r"TOKENS?(?!I[SZ])(_|\d|$)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|BEARER|COOKIE"
-    r"|KEYS?(_|\d|$)|(^|_)(AUTH|AUTHORIZATION|PASS|PAT|PWD|JWT)(_|\d|$)",
+    r"|KEYS?(_|\d|$)|(^|_)(AUTH|AUTHORIZATION|PASS|PAT|JWT)(_|\d|$)|_PWD(_|\d|$)",
     re.IGNORECASE,
 )
 # Of a key of ours less: an adapter's option may be called key, or pad_token.

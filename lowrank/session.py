@@ -170,7 +170,11 @@ class Session:
             stopping=self.stopping,
             log=self.log,
         )
-        self.watching.begin(self.saved, before)
+        try:
+            self.watching.begin(self.saved, before)
+        except BaseException:
+            self.watching.close()  # its files: a disk that is full, or a file that is not the run's, stops it here
+            raise
 
     def stopped_by(self, error: NumericsError, before: Evaluation | None) -> NumericsError:
         """The finite guard's stop: the parameters are those of the step before and are saved, if they are finite."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import resuming
+import torch
 from commands import write_rows
 from resuming import FP16_OVERFLOWS, ROWS, SHORT, STEPS, course, differing, ended, full_disk, killed, resumed, stopped
 from resuming_adapters import Remembering
@@ -16,6 +17,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import lowrank
 from lowrank.models.tiny import byte_tokenizer
+from lowrank.train import checkpoint
 
 DROPOUT = "adapter.dropout=0.1"
 ADALORA = ("adapter=adalora", "adapter.init_r=4", "adapter.target_r=2", "adapter.delta_t=1", DROPOUT)
@@ -24,17 +26,18 @@ FOUR = "loop.accumulate=4"  # and the last step of an epoch has one micro-batch
 CASES = {
     "lora": (DROPOUT, FOUR),
     "lora bf16": (DROPOUT, "loop.precision=bf16", "quant=nf4", FOUR),
-    "lora fp16": (DROPOUT, *FP16_OVERFLOWS),
-    "lora, a model with dropout": (DROPOUT, "model=tiny_gpt2"),
+    "lora fp16": (DROPOUT, *FP16_OVERFLOWS, "loop.accumulate=2"),
     "lora over a padded model": (DROPOUT, "model=hf", "model.name=BLOOM"),
     "lora recomputed, by tokens": (
         *("loop.micro_batch=null", "loop.micro_batch_tokens=120", "loop.gradient_checkpointing=true"),
         *(DROPOUT, "loop.steps=null", "loop.epochs=1.8"),
     ),
-    "lora plus": ("optim=lora_plus", "schedule=cosine", FOUR),
-    "lora in 8 bits": ("optim=adamw8bit", "optim.min_8bit_size=16", DROPOUT),
+    "lora plus in 8 bits": (
+        *("optim=adamw8bit", "optim.min_8bit_size=16", "optim.groups=[{match:'*.adapter.B',lr_ratio:16}]"),
+        *(DROPOUT, "schedule=cosine"),
+    ),
     "lora by sgd": ("optim=sgd", "optim.lr=1e-2"),
-    "full": ("adapter=full", "model=tiny_gpt2", "optim.lr=1e-3", FOUR),
+    "full, with the model's dropout": ("adapter=full", "model=tiny_gpt2", "optim.lr=1e-3", FOUR),
     "adalora": ADALORA,
     "adalora fp16": (*ADALORA, *FP16_OVERFLOWS, FOUR, "quant=nf4"),
     "prefix": ("adapter=prefix", "adapter.hidden=8", FOUR),
@@ -90,7 +93,19 @@ def test_a_run_whose_process_died_ends_as_the_one_that_did_not(
     assert differing(ended(folder), ended(tmp_path / "run")) == []
 
 
-@pytest.mark.parametrize("at", range(1, STEPS + 1))
+def test_the_cases_are_of_what_they_say(whole: Callable[..., Any]) -> None:
+    def saved(case: str, at: int) -> checkpoint.Saved:
+        return checkpoint.read(whole(*CASES[case])[0] / "checkpoints" / f"step-{at:08d}")
+
+    for case in ("lora fp16", "adalora fp16"):
+        first, last = (saved(case, at).state["scaler"]["scale"] for at in (1, STEPS))
+        assert last < first < 2**16, case
+    assert {t.dtype for t in saved("lora plus in 8 bits", 3).tensors["optimizer"].values()} > {torch.uint8}
+    assert lowrank.open(whole(*CASES["lora over a padded model"])[0]).summary["packed"] is False
+    assert saved("adalora", 3).tensors["hooks"]["0.pruned"].any()
+
+
+@pytest.mark.parametrize("at", [1, 5, STEPS])
 def test_whatever_the_last_step_was(at: int, whole: Callable[..., Any], tmp_path: Path) -> None:
     folder, overrides = whole(*CASES["adalora"])
     resumed(killed(folder, tmp_path / "run", at=at, torn=b""), *overrides)
@@ -106,7 +121,7 @@ def test_a_run_whose_process_died_before_its_first_checkpoint_starts_again(
     assert differing(ended(folder), ended(tmp_path / "run")) == []
 
 
-@pytest.mark.parametrize("how", ["crash", "terminate", "interrupt"])
+@pytest.mark.parametrize("how", ["crash", "terminate"])
 def test_a_run_that_is_stopped_twice_ends_as_one_that_was_not(
     how: str, whole: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -118,7 +133,7 @@ def test_a_run_that_is_stopped_twice_ends_as_one_that_was_not(
     assert differing(ended(folder), ended(tmp_path)) == []
 
 
-@pytest.mark.parametrize("method", ["before_update", "after_update", "after_step"])
+@pytest.mark.parametrize("method", ["before_update", "after_step"])
 def test_a_run_whose_hook_raised_ends_as_one_whose_hook_did_not(
     method: str, whole: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +147,7 @@ def test_a_run_whose_hook_raised_ends_as_one_whose_hook_did_not(
     assert differing(ended(folder), ended(tmp_path)) == []
 
 
-@pytest.mark.parametrize("writes", [12, 30, 57], ids=["first steps", "later ones", "end"])
+@pytest.mark.parametrize("writes", [12, 45], ids=["early", "late"])
 def test_a_run_that_found_the_disk_full_ends_as_one_that_did_not(
     writes: int, whole: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -147,11 +162,10 @@ def test_a_run_that_found_the_disk_full_ends_as_one_that_did_not(
     ("first", "then"),
     [
         (("eval.every=1", "checkpoint.keep=1"), ("eval.every=0", "eval.generate.limit=0")),
-        (("eval.every=0", "checkpoint.every=2"), ("eval.every=2", "checkpoint.every=3", "checkpoint.keep=1")),
-        (("checkpoint.background=true", "checkpoint.every=2"), ("checkpoint.background=false",)),
-        (("checkpoint.every=100",), ("checkpoint.background=true", "eval.limit=1")),
+        (("eval.every=0", "checkpoint.every=2", "checkpoint.background=true"), ("eval.every=2", "checkpoint.every=3")),
+        (("checkpoint.every=100",), ("checkpoint.background=true", "checkpoint.keep=1", "eval.limit=1")),
     ],
-    ids=["evaluations", "checkpoints", "background first", "background then"],
+    ids=["evaluations", "checkpoints", "where it saves"],
 )
 def test_how_often_it_is_looked_at_and_saved_may_change_and_moves_nothing(
     first: tuple[str, ...], then: tuple[str, ...], whole: Callable[..., Any], tmp_path: Path

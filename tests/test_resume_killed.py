@@ -1,4 +1,4 @@
-"""Processes that are killed, asked to leave or out of disk, from outside and for good; what they leave goes on."""
+"""Processes that are killed or asked to leave, from outside and for good; what they leave goes on."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from commands import write_rows
 from resuming import ROWS, SHORT, differing, ended, process, resumed
 
 import lowrank
+from lowrank import cli
 
 LONG = (*SHORT, "loop.steps=40", "checkpoint.every=4", "eval.every=8", "adapter.dropout=0.1", "eval.before=true")
 WAYS = [(), ("checkpoint.background=true",)]
@@ -61,13 +62,12 @@ def test_a_killed_process_s_run_goes_on(whole: Path, overrides: tuple[str, ...],
     child.communicate()
     assert child.returncode == -signal.SIGKILL
     assert not (tmp_path / "summary.json").exists()
-    resumed(tmp_path, *overrides)
+    cli.main(["resume", str(tmp_path)])
     assert differing(ended(whole), ended(tmp_path)) == []
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["SIGTERM", "SIGINT"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_process_that_is_asked_to_leave_saves_and_lowrank_resume_goes_on(
     number: int, whole: Path, overrides: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -202,6 +202,8 @@ def test_another_machine_version_or_code_is_refused(folder: Path, then: dict[str
     elsewhere(folder, **then)
     assert f"resume refused: {said}" in refused(folder)
     [name] = then
+    if name not in ("code", "versions__torch"):
+        return
     done = go(folder, RESUME, f"checkpoint.allow=[{name.partition('__')[0]}]", "loop.steps=5")
     assert done.summary["steps"] == 5
 

@@ -63,6 +63,7 @@ OTHERS = {
     "8 bits, blocks of state": ("optim=adamw8bit", "adapter.r=64", "loop.accumulate=2"),
     "amsgrad": ("+optim.amsgrad=true", "optim.weight_decay=0.1", "schedule=cosine"),
     "adagrad": ("optim=sgd", "optim._target_=torch.optim.Adagrad", "~optim.momentum", "~optim.nesterov"),
+    "plus, cosine": ("optim=lora_plus", "schedule=cosine", "loop.accumulate=4"),
     "nesterov": ("optim=sgd", "optim.nesterov=true", "loop.max_grad_norm=.inf"),
     "recomputed gpt2": ("model=tiny_gpt2", "loop.gradient_checkpointing=true", DROPOUT, "loop.accumulate=4"),
     "prefix recomputed": ("adapter=prefix", "loop.gradient_checkpointing=true", "loop.accumulate=2"),
@@ -162,8 +163,7 @@ def test_and_inside_every_evaluation(at: int, every: int, hooked: tuple[Path, li
     assert differing(compared(folder), compared(tmp_path)) == []
 
 
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("case", ["overflowing", "skipping"])
+@pytest.mark.parametrize(("case", "every"), [("overflowing", 1), ("skipping", 3)], ids=["overflowing", "skipping"])
 def test_and_inside_every_forward_pass(case: str, every: int, whole: Whole, poisoned: str, tmp_path: Path) -> None:
     """Also of a batch that is skipped, and of a step that overflows and comes again."""
     skipping = (poisoned, SKIPS, "loop.on_nonfinite=skip", "eval.generate.limit=0")

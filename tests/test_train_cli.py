@@ -98,6 +98,15 @@ def test_a_refused_run_leaves_no_folder_where_the_user_wanted_one(tmp_path: Path
     assert not (tmp_path / "mine").exists()
 
 
+@pytest.mark.parametrize(("r", "code"), [(10**8, 3), (10**30, 2)])
+def test_an_adapter_larger_than_memory_is_refused_before_it_is_made(outputs: Path, r: int, code: int) -> None:
+    done = train(outputs, "model=tiny_llama", f"adapter.r={r}")
+    assert done.returncode == code
+    assert done.stderr.startswith("adapter: ")
+    assert done.stderr.count("\n") == 1
+    assert not outputs.exists()
+
+
 def test_debugging_brings_the_traceback_back(outputs: Path) -> None:
     done = train(outputs, "loop.steps=0", LOWRANK_DEBUG="1")
     assert done.returncode == 2

@@ -18,6 +18,7 @@ from lowrank import cli, manifest
 
 CHUNK = 250  # flips in one child
 READ_BY_TRAINER = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+FOUND, HARMLESS, SILENT = "found", "harmless", "silent"
 Flip = tuple[str, int]  # a file, and a bit of it
 
 
@@ -62,12 +63,12 @@ def chunk_of(ground: Ground, folder: Path, chunk: tuple[int, list[Flip]], find: 
     start, flips = chunk
     parent = ground.place(f"flips-{folder.name}-{start}")
     copy, _ = (shutil.copytree(folder, parent / name) for name in (folder.name, "good"))
-    if any(find(copy, name) for name, _ in flips):
+    if any(find(copy, name) is FOUND for name in {name for name, _ in flips}):
         raise SystemExit(f"{folder}: something is found before anything is flipped")
     silent = []
     for name, bit in flips:
         with flip(copy / name, bit):
-            if not find(copy, name):
+            if find(copy, name) is SILENT:
                 silent.append((name, bit))
     return silent
 
@@ -84,17 +85,17 @@ def flip(path: Path, bit: int) -> Iterator[None]:
         path.write_bytes(good)
 
 
-def found_by_manifest(copy: Path, name: str) -> bool:
-    return manifest.verify(copy) is not None
+def found_by_manifest(copy: Path, name: str) -> str:
+    return SILENT if manifest.verify(copy) is None else FOUND
 
 
-def theirs(copy: Path, name: str) -> bool:
-    """Whether reading the file as the Trainer does fails or, of what cannot matter, gives the same as before."""
+def theirs(copy: Path, name: str) -> str:
+    """Whether reading the file as the Trainer does fails; what reads the same as before was a bit that says nothing."""
     try:
         found = read(copy / name)
     except Exception:
-        return True
-    return found == known(copy.parent / "good" / name)
+        return FOUND
+    return HARMLESS if found == known(copy.parent / "good" / name) else SILENT
 
 
 @cache

@@ -36,7 +36,7 @@ def header(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
             described = {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
-    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
         raise RefusedError(f"{file}: cannot be read: {error}.") from error
     for name, (_, dtype) in described.items():
         if dtype not in DTYPES:

@@ -147,6 +147,7 @@ def read_plan(path: Path, about: Mapping[str, Any], foreign: bool = False) -> In
                     f"{path}: names the class {row.adapter[:200]}, which is not lowrank's own, and to import it would "
                     f"run its module. If you know it: load_adapter(model, folder, foreign=True)."
                 )
+        for row in {(row.adapter, *row.options): row for row in plan.rows}.values():
             class_and_options(partial(resolve(row.adapter), **row.options))
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise RefusedError(f"{path}: not the plan of an adapter ({error}).") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +58,8 @@ def tracker(track: Track, folder: Path, config: dict[str, Any]) -> Tracker | Non
     if track.kind == "none":
         return None
     start = writer_class(track.kind)
+    name = None if track.name is None else redacted(track.name)
+    track = replace(track, project=redacted(track.project), name=name)
     try:
         return Tracker(track.kind, start(track, folder, redacted_tree(config)))
     except Exception as error:  # not logged in, no network, a folder that cannot be written …

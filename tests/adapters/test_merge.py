@@ -17,6 +17,7 @@ from lowrank.adapters import Adapted, Adapter, Bottleneck, Full, LoRA, NotMergea
 from lowrank.adapters.inject import adapter_state, apply, named_trainable
 from lowrank.adapters.merge import merge
 from lowrank.adapters.plan import Rules, plan
+from lowrank.errors import ConfigError
 from lowrank.keys import key
 from lowrank.quant.convert import quantize
 
@@ -217,3 +218,10 @@ def test_a_model_without_a_vocabulary_reports_no_logits() -> None:
     merged, report = merge(wrapped)
     assert report.logit_difference is None
     assert math.isclose(float((merged(x) - wrapped(x)).detach().abs().max()), 0)
+
+
+@pytest.mark.parametrize("probe", [[[1, 2], [3, 64]], [[-1, 2]], [["a", 2]], [[1, 2**70]], 7, [3, 4]])
+def test_a_probe_of_tokens_that_the_model_does_not_have_is_refused(probe: Any, llama: LlamaForCausalLM) -> None:
+    wrapped = apply(llama, plan(llama, {"embedding": LoRA}))  # 64 tokens
+    with pytest.raises(ConfigError, match=r"merge: .*probe"):
+        merge(wrapped, probe=probe)

@@ -122,6 +122,30 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(copy: Path) -> None
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 257
 
 
+def test_code_that_lies_beside_a_model_is_never_imported(copy: Path) -> None:
+    """A configuration that asks for it (``auto_map``) is passed over where the architecture is known without it."""
+    for name in ("own", "modeling_own", "tokenization_own"):
+        (copy / f"{name}.py").write_text(
+            f"open({str(copy / 'ran')!r}, 'w').close()\nclass Config: ...\nclass Own: ...\n"
+        )
+    mapped = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "modeling_own.Own"}
+    change(copy / "config.json", auto_map=mapped, trust_remote_code=True)
+    change(
+        copy / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["tokenization_own.Own", None]},
+        trust_remote_code=True,
+    )
+    model = Model("hf", str(copy))
+    assert load.skeleton(model).config.model_type == "llama"
+    assert load.weights(model, torch.float32).config.model_type == "llama"
+    assert load.tokenizer(model)("a").input_ids
+    change(copy / "config.json", model_type="own")
+    for read in (load.config, load.skeleton):
+        with pytest.raises(ConfigError, match="never run here"):
+            read(model)
+    assert not (copy / "ran").exists()
+
+
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "no configuration": (lambda f: (f / "config.json").unlink(), "no config.json in"),
     "configuration not JSON": (lambda f: (f / "config.json").write_text("{"), "not a valid JSON"),

@@ -29,7 +29,7 @@ from planted import MUTANTS
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ("lowrank", "conf", "hydra_plugins", "benchmarks", "docs", "tests", "train.py", "pyproject.toml", "README.md")
 LIMIT = 600  # seconds for the tests of one bug
-FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+FAILED = re.compile(r"^(?:FAILED|ERROR) tests/([^\[\s]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def copied(root: Path, folder: Path) -> Path:
 def environment(tree: Path) -> dict[str, str]:
     """The copy's own lowrank comes first: an installed one would be the tree's own, without a bug."""
     path = os.pathsep.join(part for part in (str(tree), os.environ.get("PYTHONPATH", "")) if part)
-    alone = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **alone}
+    alone = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **alone, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 def refuse_other_tree(tree: Path) -> None:

@@ -112,7 +112,7 @@ def test_autocast_computes_in_bf16_and_keeps_fp32_parameters_and_gradients(base:
 
 
 def test_the_merged_weight_is_the_wrapped_call(base: nn.Module) -> None:
-    wrapped = wrap(base, alpha=3.0).double()
+    wrapped = wrap(base, alpha=5.0).double()
     x = x_of(2, 5, IN).detach()
     weight, bias = lora(wrapped).merged(dense_weight(base).double(), bias_of(base))
     torch.testing.assert_close(F.linear(x, weight, bias), wrapped(x), rtol=0, atol=1e-12)

@@ -64,7 +64,9 @@ def mutated_header(draw: random.Random, content: bytes) -> bytes:
     return struct.pack("<Q", claimed) + text + content[8 + length :]
 
 
-def fuzz(folder: Path, json_name: str, tensor_name: str, rounds: int, seed: int, load: Callable[[Path], None]) -> set[str]:
+def fuzz(
+    folder: Path, json_name: str, tensor_name: str, rounds: int, seed: int, load: Callable[[Path], None]
+) -> set[str]:
     """Loads so many mutations of a folder's two files; how they ended, where nothing but our own errors was raised."""
     draw, outcomes = random.Random(seed), set[str]()
     plan, tensors = (folder / json_name).read_bytes(), (folder / tensor_name).read_bytes()

@@ -1,0 +1,229 @@
+"""Silent bugs in the loop, the loss, the schedule, the optimizer and the precision."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+LOOP, LOSS, SCHEDULE, OPTIM, PRECISION = (
+    f"lowrank/train/{name}.py" for name in ("loop", "loss", "schedule", "optim", "precision")
+)
+
+MUTANTS = (
+    Mutant(
+        "loss: a mean of the micro-batches' means",
+        LOOP,
+        "total += guard.loss(loss, index)\n                self.precision.backward(loss / targets)",
+        "total += guard.loss(loss, index)\n"
+        "                self.precision.backward(loss / (len(batch.targets) * len(batches)))",
+        ("train/test_loop.py::test_accumulating_k_equals_one_batch_of_k",),
+    ),
+    Mutant(
+        "loss: already a mean where a sum is meant",
+        LOSS,
+        'reduction="sum")',
+        'reduction="mean")',
+        ("train/test_loss.py::test_it_is_the_summed_cross_entropy_of_the_target_rows_with_its_gradients",),
+    ),
+    Mutant(
+        "loss: in half precision",
+        LOSS,
+        "logits.to(torch.promote_types(logits.dtype, torch.float32))",
+        "logits",
+        ("train/test_loss.py::test_it_is_summed_in_fp32_even_where_logits_are_bf16",),
+    ),
+    Mutant(
+        "loss: the logits of padded rows in another order",
+        LOSS,
+        "return logits[batch.positions // width, at]",
+        "return logits[batch.positions // width, at.sort().values]",
+        ("train/test_loss.py::test_logits_are_those_of_the_targets_in_their_order",),
+    ),
+    Mutant(
+        "gradients: not zeroed between steps",
+        LOOP,
+        "        self.optimizer.zero_grad(set_to_none=True)\n",
+        "        if step == 1:\n            self.optimizer.zero_grad(set_to_none=True)\n",
+        ("train/test_loop.py::test_a_step_is_the_textbooks",),
+    ),
+    Mutant(
+        "gradients: clipped before they are unscaled",
+        LOOP,
+        "        self.precision.unscale(self.optimizer)\n"
+        "        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])\n",
+        "        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])\n"
+        "        self.precision.unscale(self.optimizer)\n",
+        ("train/test_precision.py::test_clipping_comes_after_unscaling",),
+    ),
+    Mutant(
+        "gradients: the norm that is told is the clipped one",
+        LOOP,
+        "lr, float(norm), time.perf_counter()",
+        "lr, min(float(norm), self.max_norm), time.perf_counter()",
+        ("train/test_loop.py::test_the_norm_is_the_one_before_clipping_and_gradients_are_no_longer_than_allowed",),
+    ),
+    Mutant(
+        "penalty: once a micro-batch",
+        LOOP,
+        "penalty = self.penalty()",
+        "penalty = self.penalty() * len(batches)",
+        ("train/test_loop.py::test_a_penalty_is_added_once_a_step",),
+    ),
+    Mutant(
+        "dropout: one mask for all micro-batches of a step",
+        LOOP,
+        "self.clock.set(step, index)",
+        "self.clock.set(step, 0)",
+        ("train/test_loop.py::test_micro_batches_and_steps_draw_masks_of_their_own",),
+    ),
+    Mutant(
+        "dropout: the model's own goes by what was drawn before",
+        LOOP,
+        'torch.manual_seed(digest(self.clock.seed, "model dropout", step, index))',
+        "torch.manual_seed(torch.randint(2**62, ()).item())",
+        ("train/test_loop.py::test_the_models_own_dropout_and_the_adapters_replay_by_key",),
+    ),
+    Mutant(
+        "loop: leaves its own seed in torch's generator",
+        LOOP,
+        "        torch.set_rng_state(cpu)\n        if cuda:",
+        "        if cuda:",
+        ("train/test_loop.py::test_a_step_restores_the_default_generator",),
+    ),
+    Mutant(
+        "loop: goes on in evaluation mode after an evaluation",
+        LOOP,
+        "        self.model.train()\n",
+        "",
+        ("train/test_loop.py::test_a_hook_that_only_observes_cannot_change_the_run",),
+    ),
+    Mutant(
+        "tokens: speed is over the target tokens",
+        LOOP,
+        "targets, real, real / seconds, memory",
+        "targets, real, targets / seconds, memory",
+        ("train/test_loop.py::test_tokens_are_counted_for_the_step_alone_and_summed_in_the_state",),
+    ),
+    Mutant(
+        "schedule: by micro-batches",
+        LOOP,
+        "set_lr(self.optimizer, self.schedule(step))",
+        "set_lr(self.optimizer, self.schedule((step - 1) * len(batches) + 1))",
+        ("train/test_loop.py::test_a_step_is_the_textbooks",),
+    ),
+    Mutant(
+        "schedule: warm-up begins at 0",
+        SCHEDULE,
+        "return lambda step: step / warm if step <= warm else after(step - 1)",
+        "return lambda step: (step - 1) / warm if step <= warm else after(step - 1)",
+        (
+            "train/test_schedule.py::"
+            "test_the_first_step_is_at_one_over_warm_up_of_the_peak_and_the_peak_is_reached_at_its_end",
+        ),
+    ),
+    Mutant(
+        "schedule: the fall is a step early",
+        SCHEDULE,
+        "if step <= warm else after(step - 1)",
+        "if step <= warm else after(step)",
+        ("train/test_schedule.py::test_after_warm_up_it_is_transformers_schedule",),
+    ),
+    Mutant(
+        "schedule: a whole cosine",
+        SCHEDULE,
+        "math.cos(math.pi * progress(done))",
+        "math.cos(2 * math.pi * progress(done))",
+        ("train/test_schedule.py::test_linear_and_cosine_are_their_formulas",),
+    ),
+    Mutant(
+        "optimizer: weight decay on norms and biases",
+        OPTIM,
+        'rule.get("weight_decay", weight_decay if parameter.ndim > 1 else 0.0)',
+        'rule.get("weight_decay", weight_decay)',
+        ("train/test_optim.py::test_weight_decay_is_never_on_vectors",),
+    ),
+    Mutant(
+        "optimizer: the last rule that fits decides",
+        OPTIM,
+        "index = next((i for i, rule in enumerate(rules) if",
+        "index = next((i for i, rule in reversed(list(enumerate(rules))) if",
+        ("train/test_optim.py::test_the_first_rule_that_fits_decides_and_what_it_leaves_out_is_the_default",),
+    ),
+    Mutant(
+        "optimizer: every group at the first one's rate",
+        OPTIM,
+        'group["lr"] = group["peak_lr"] * factor',
+        'group["lr"] = optimizer.param_groups[0]["peak_lr"] * factor',
+        ("train/test_optim.py::test_the_schedule_keeps_the_groups_ratio",),
+    ),
+    Mutant(
+        "LoRA+: the ratio is on A",
+        "conf/optim/lora_plus.yaml",
+        'groups: [{match: "*.adapter.B", lr_ratio: 16}]',
+        'groups: [{match: "*.adapter.A", lr_ratio: 16}]',
+        ("train/test_optim.py::test_the_choice_lora_plus_makes_b_of_every_site_16_times_as_fast",),
+    ),
+    Mutant(
+        "AdamW: the two decays change places",
+        "conf/optim/adamw.yaml",
+        "betas: [0.9, 0.999]",
+        "betas: [0.999, 0.9]",
+        ("test_optim_choices.py::test_the_choices_of_adam_step_as_the_papers_algorithm_with_its_constants",),
+    ),
+    Mutant(
+        "AdamW in 8 bits: the two decays change places",
+        "conf/optim/adamw8bit.yaml",
+        "betas: [0.9, 0.999]",
+        "betas: [0.999, 0.9]",
+        ("test_optim_choices.py::test_the_choices_of_adam_step_as_the_papers_algorithm_with_its_constants",),
+    ),
+    Mutant(
+        "fp16: an overflowed step is counted and calls the hooks",
+        LOOP,
+        "            self.precision.update(self.optimizer)  # which takes no step, and halves the scale\n"
+        "            return None\n",
+        "            norm = norm.nan_to_num(posinf=0.0)\n",
+        ("train/test_precision.py::test_an_overflowed_step_calls_no_hook",),
+    ),
+    Mutant(
+        "fp16: the scaler begins anew after a resume",
+        PRECISION,
+        "            self.scaler.load_state_dict(state)\n",
+        "",
+        ("train/test_precision.py::test_the_scalers_state_round_trips",),
+    ),
+    Mutant(
+        "guard: an infinite loss goes on",
+        "lowrank/train/guard.py",
+        '        if not math.isfinite(value):\n            raise NotFinite(self.fault(f"loss is {value}", index))',
+        '        if math.isnan(value):\n            raise NotFinite(self.fault(f"loss is {value}", index))',
+        ("train/test_guard.py::test_a_loss_that_is_not_finite_is_named_and_touches_nothing",),
+    ),
+    Mutant(
+        "guard: a skipped batch comes again",
+        LOOP,
+        "        self.state.consume(self.batches.at(self.state.position + 1))\n        for hook",
+        "        for hook",
+        ("train/test_finite.py::test_skipping_takes_the_next_batch_for_the_same_step",),
+    ),
+    Mutant(
+        "average: without the correction for its start",
+        "lowrank/train/average.py",
+        "weight = (1 - self.decay) / (1 - self.decay**self.updates)",
+        "weight = 1 - self.decay",
+        ("train/test_average.py::test_it_is_the_weighted_mean_of_the_weights_after_each_update",),
+    ),
+    Mutant(
+        "average: training goes on from it",
+        "lowrank/train/average.py",
+        "            put(self.trained, held)\n",
+        "            pass\n",
+        ("train/test_average.py::test_training_does_not_see_it_though_it_is_used_between_steps",),
+    ),
+    Mutant(
+        "early stop: an equal loss counts as better",
+        "lowrank/train/early.py",
+        'loss < self.best["loss"]',
+        'loss <= self.best["loss"]',
+        ("train/test_early.py::test_it_stops_at_the_evaluation_that_makes_so_many_without_a_better_one",),
+    ),
+)
