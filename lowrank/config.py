@@ -13,11 +13,12 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lowrank.classes import check_adapter, check_optimizer, options, resolve
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, RefusedError
 from lowrank.rules import ANY, OWNERS, RELATIONS, RULES, read_group, refuse, unknown_key
 from lowrank.secrets import redacted_tree
 
@@ -201,8 +202,14 @@ def parse(node: DictConfig | Mapping[str, Any]) -> Config:
 
 
 def load(path: Path) -> Config:
-    """The configuration of a run directory's config.yaml."""
-    return parse(OmegaConf.load(path))  # type: ignore[arg-type]
+    """The configuration of a run directory's config.yaml. Raises RefusedError where the file cannot be read."""
+    try:
+        node = OmegaConf.create(path.read_text(encoding="utf-8"))
+        if not isinstance(node, DictConfig):
+            raise ValueError("not a mapping of keys")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RefusedError(f"{path}: cannot be read: {' '.join(str(error).split())}.") from error
+    return parse(node)
 
 
 def plain(node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:

@@ -186,6 +186,8 @@ def took_by_file(folder: Path, until: float) -> bool:
                 (folder / OWNER).unlink(missing_ok=True)
         finally:
             (folder / RECOVERING).unlink(missing_ok=True)
+    elif time.monotonic() < until:  # another process does, which takes no time: whose the directory is then will show
+        time.sleep(0.01)
     else:
         refuse_owned(folder, RECOVERING, until, f" Where it has ended, delete {folder / RECOVERING}.")
     return False

@@ -21,6 +21,7 @@ from lowrank.disk import Written, discard, read_bounded, reading, sync, write
 MANIFEST = "MANIFEST.json"
 LARGEST = 16 << 20  # bytes of a JSON file that is read: what is larger is none of ours
 STEP = re.compile(r"step-(\d+)")
+ASIDE = re.compile(r"\.staging-(\d+)-\d+-old")  # a checkpoint that another one is about to replace
 
 
 @dataclass
@@ -80,11 +81,26 @@ def install(staged: Path, final: Path) -> None:
     discard(old)
 
 
+def give_back(parent: Path) -> list[Path]:
+    """Returns each checkpoint that a crash caught between stepping aside and being replaced, under its name again: it
+    may be the only one there is."""
+    found = []
+    for old in sorted(parent.glob(".staging-*-old")):
+        name = ASIDE.fullmatch(old.name)
+        final = parent / f"step-{name[1]}" if name else old
+        if not os.path.lexists(final) and verify(old) is None:
+            old.rename(final)
+            found.append(final)
+    if found:
+        sync(parent)
+    return found
+
+
 def remove(folders: Iterable[Path]) -> None:
     """Deletes committed folders: under another name, so that none is ever seen in part."""
     gone = []
     for folder in folders:
-        aside = folder.with_name(f".staging-{folder.name.removeprefix('step-')}-{os.getpid()}-old")
+        aside = folder.with_name(f".staging-{folder.name.removeprefix('step-')}-{os.getpid()}-gone")
         folder.rename(aside)
         gone.append(aside)
     for parent in {path.parent for path in gone}:

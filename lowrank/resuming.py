@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank import assemble, directory
+from lowrank import assemble, directory, manifest
 from lowrank.adapters.base import Adapter
 from lowrank.adapters.inject import adapter_state, apply
 from lowrank.adapters.plan import InjectionPlan, resolve
@@ -60,6 +60,7 @@ def saved(parts: Parts, folder: Path, identity: dict[str, Any], log: Log) -> che
 
 
 def found(parts: Parts, folder: Path, identity: dict[str, Any], log: Log) -> checkpoint.Saved | None:
+    manifest.give_back(folder / directory.CHECKPOINTS)
     path, wrong = checkpoint.newest(folder / directory.CHECKPOINTS)
     for fault in wrong:
         log.say(f"{fault}; using {path.name if path else 'none'}.")

@@ -115,6 +115,18 @@ def full_disk(folder: Path, writes: int) -> Iterator[itertools.count[int]]:
         yield made
 
 
+def kill_while_replacing() -> None:
+    """From now on this process dies when a checkpoint has stepped aside for another of its step."""
+    rename = os.rename
+
+    def renamed(source: Path, target: Path) -> None:
+        rename(source, target)
+        if Path(source).name.startswith("step-") and Path(target).name.endswith("-old"):
+            kill()
+
+    os.rename = renamed  # type: ignore[assignment]
+
+
 def stopped(folder: Path, *overrides: str, after: int, by: Callable[[], None]) -> None:
     """A run, or its continuation, that ``by`` ends inside the ``after``-th step that it makes."""
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lowrank.manifest import MANIFEST, committing, faults, newest, remove, sealed, step_in, verify
+from lowrank.manifest import MANIFEST, committing, faults, give_back, newest, remove, sealed, step_in, verify
 
 FILES = {"a.txt": b"alpha", "b.bin": bytes(range(256)), "empty": b""}
 
@@ -65,6 +65,19 @@ def test_another_one_is_replaced_whole_and_what_a_crash_left_goes(tmp_path: Path
     made(tmp_path / "adapter", {"new": b"2"})
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [MANIFEST, "new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".staging-merged-1", "adapter"]
+
+
+def test_a_checkpoint_that_a_crash_caught_aside_has_its_name_back_where_no_other_took_it(tmp_path: Path) -> None:
+    for step, aside in ((3, "old"), (4, "gone"), (5, "old"), (6, "old")):
+        made(tmp_path / f"step-{step}", step=step).rename(tmp_path / f".staging-{step}-17-{aside}")
+    made(tmp_path / "step-5", {"new": b"2"})
+    (tmp_path / ".staging-6-17-old" / "a.txt").unlink()
+    assert give_back(tmp_path) == [tmp_path / "step-3"]
+    assert verify(tmp_path / "step-3") is None
+    assert verify(tmp_path / "step-5") is None
+    assert not (tmp_path / "step-4").exists()
+    assert not (tmp_path / "step-6").exists()
+    assert give_back(tmp_path) == give_back(tmp_path / "not there") == []
 
 
 def test_where_the_new_one_cannot_take_the_name_the_old_one_has_it_back(

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from commands import lowrank as lowrank_command
 from commands import write_rows
-from resuming import ROWS, SHORT, differing, ended, process, resumed
+from resuming import ROWS, SHORT, at_call, differing, ended, process, resumed, terminate
 
 import lowrank
 from lowrank import cli
+from lowrank.errors import Interrupted
 
 LONG = (*SHORT, "loop.steps=40", "checkpoint.every=4", "eval.every=8", "adapter.dropout=0.1", "eval.before=true")
 WAYS = [(), ("checkpoint.background=true",)]
@@ -111,3 +112,20 @@ def test_a_process_killed_at_any_moment_again_and_again(
         child.communicate()
     resumed(tmp_path, *overrides)
     assert differing(ended(whole), ended(tmp_path)) == []
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_it_replaces_its_only_checkpoint(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    """The last step's, saved when a signal broke its evaluation off, which the resume completes."""
+    alone = (*overrides, "checkpoint.every=100", "loop.steps=8")
+    whole = lowrank.train([*alone], tmp_path / "whole").folder
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted), at_call(1, terminate, training=False):
+        lowrank.train([*alone], folder)
+    child = process(folder, *alone, "checkpoint.resume=true", before="kill_while_replacing()")
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    assert not [*(folder / "checkpoints").glob("step-*")]
+    resumed(folder, *alone)
+    assert "nothing to resume from" not in (folder / "events.log").read_text()
+    assert differing(ended(whole), ended(folder)) == []

@@ -60,9 +60,15 @@ class Row:
     """A line of the table; None where a torture does not apply."""
 
     torture: str
-    wanted: str
     ours: Figure | None
     peer: Figure | None = None
+
+
+def spaced(points: list[Any], most: int | None) -> list[Any]:
+    """At most so many, evenly spaced over all; None: all."""
+    if most is None or most >= len(points):
+        return points
+    return [points[n * len(points) // most] for n in range(most)]
 
 
 def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:

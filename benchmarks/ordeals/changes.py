@@ -12,7 +12,7 @@ Change = Callable[[Path], Any]
 
 
 def nothing(made_from: Path) -> None:
-    """"""
+    """Not at all."""
 
 
 def a_character_of_the_data(made_from: Path) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.ordeals import changes, forks
-from benchmarks.ordeals.arm import Arm, Row, differing
+from benchmarks.ordeals.arm import Arm, Row, differing, spaced
 from benchmarks.ordeals.changes import Change
 from benchmarks.ordeals.ground import Ground
 from benchmarks.ordeals.ours import Ours
@@ -58,19 +58,19 @@ def drifts() -> list[Drift]:
     return [*inside, *(Drift(named, change=change) for named, change in outside)]
 
 
-def rows(ground: Ground) -> Iterator[Row]:
+def rows(ground: Ground, most: int | None = None) -> Iterator[Row]:
     made_from = prepared(ground)
     first = Importing(of(ground.ours, made_from), made_from)
     stopped = ground.stopped(first, "drifting")
     refuse_unsound(first, ground.copy(stopped, "nothing-changed"))
-    wanted = drifts()
+    wanted = spaced(drifts(), most)
     ours = ground.judged(wanted, partial(judge, ground, stopped, made_from))
     peer = None
     if ground.peer is not None:
         from benchmarks.ordeals import peer_drift
 
-        peer = peer_drift.figure(ground, made_from)
-    yield Row("what a run depends on changed: the resume is refused, naming it", f"{len(wanted)}", ours, peer)
+        peer = peer_drift.figure(ground, made_from, most)
+    yield Row("what a run depends on changed: the resume is refused, naming it", ours, peer)
 
 
 def prepared(ground: Ground) -> Path:

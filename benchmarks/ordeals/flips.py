@@ -31,11 +31,10 @@ def rows(ground: Ground, count: int) -> Iterator[Row]:
     if ground.peer is not None:
         peer = flipped(ground, checkpoints(ground.run("whole", ground.peer))[0], count, theirs, READ_BY_TRAINER)
     both = Figure(sum(one.total for one in found), [fault for one in found for fault in one.failures])
-    yield Row("a bit flipped in a checkpoint or the final adapter: found", f"{count:,}", both, peer)
+    yield Row("a bit flipped in a checkpoint or the final adapter: found", both, peer)
     commands = drawn(folders[0], max(1, count // 500), ground.seed + 1)
     yield Row(
         "… by the command: lowrank verify exits with 6",
-        "all",
         ground.judged(commands, partial(by_command, ground, ours, folders[0].relative_to(ours))),
     )
 

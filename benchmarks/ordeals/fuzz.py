@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-
 import resource
 import shutil
 import signal
@@ -49,7 +48,7 @@ def rows(ground: Ground, count: int) -> Iterator[Row]:
         found.append(Figure(number, failures))
     whole = Figure(sum(f.total for f in found), [fault for figure in found for fault in figure.failures])
     parts = ", ".join(f"{figure.total:,} {kind}" for kind, figure in zip(SHARES, found, strict=True))
-    yield Row(f"damaged at random ({parts}): read, or refused in a sentence", f"{count:,}", whole)
+    yield Row(f"damaged at random ({parts}): read, or refused in a sentence", whole)
 
 
 def exported(ground: Ground) -> Path:
@@ -137,7 +136,7 @@ def files(ground: Ground, good: dict[str, Path], folder: Path) -> Fuzzed:
     from lowrank.train import checkpoint
 
     whole = good["whole"]
-    bare = forks_model(ground)
+    bare = bare_model(ground)
 
     def with_model(load: Callable[[Any, Path], object]) -> Callable[[Path], None]:
         def act(path: Path) -> None:
@@ -167,7 +166,7 @@ def files(ground: Ground, good: dict[str, Path], folder: Path) -> Fuzzed:
     return act
 
 
-def forks_model(ground: Ground) -> Any:
+def bare_model(ground: Ground) -> Any:
     from lowrank import assemble
 
     return assemble.load(assemble.parts(ground.ours.config())).model

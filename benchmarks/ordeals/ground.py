@@ -117,7 +117,6 @@ def make(folder: Path, *, peer: bool, native: bool, at_once: int, seed: int) -> 
 def write_rows(path: Path, count: int = 20) -> Path:
     """``count`` short instructions as jsonl."""
 
-
     rows = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}, or {i + 1}"} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.ordeals import forks
-from benchmarks.ordeals.arm import Arm, Figure, Place, Row, differing
+from benchmarks.ordeals.arm import Arm, Figure, Place, Row, differing, spaced
 from benchmarks.ordeals.calls import COUNT, FULL, KILL, TEAR
 from benchmarks.ordeals.forks import Ended
 from benchmarks.ordeals.ground import Ground, inside
@@ -40,11 +40,11 @@ class Point:
         return f"{what} {self.number} of {self.place}"
 
 
-def rows(ground: Ground, kinds: list[str], most: int | None) -> Iterator[Row]:
+def rows(ground: Ground, kinds: list[str], most: int | None = None) -> Iterator[Row]:
     """``most``: points of each arm and kind, evenly spaced over all there are; None for every one."""
     for kind in kinds:
         found = [tortured(ground, arm, KINDS[kind], most) for arm in ground.arms]
-        yield Row(TITLES[KINDS[kind]], "all", *found)
+        yield Row(TITLES[KINDS[kind]], *found)
 
 
 def tortured(ground: Ground, arm: Arm, what: int, most: int | None) -> Figure:
@@ -59,12 +59,6 @@ def tortured(ground: Ground, arm: Arm, what: int, most: int | None) -> Figure:
     found = list(ground.each(chosen, lambda point: judge(ground, arm, places[point.place], point, whole)))
     hit = [(point, fault) for point, fault in found if fault != MISSED]
     return Figure(len(hit), [f"{point}: {fault}" for point, fault in hit if fault])
-
-
-def spaced(points: list[Any], most: int | None) -> list[Any]:
-    if most is None or most >= len(points):
-        return points
-    return [points[n * len(points) // most] for n in range(most)]
 
 
 def counted(ground: Ground, arm: Arm, place: Place, what: int) -> int:

@@ -106,7 +106,8 @@ def misspelt(name: str, draw: Random) -> str:
     if not name:
         return "x"
     at = draw.randrange(len(name))
-    return draw.choice([name[:at] + name[at + 1 :], name[:at] + name[at] * 2 + name[at + 1 :], name.upper(), name + " "])
+    before, after = name[:at], name[at + 1 :]
+    return draw.choice([before + after, before + name[at] * 2 + after, name.upper(), name + " "])
 
 
 def value(draw: Random) -> Any:

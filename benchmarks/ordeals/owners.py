@@ -25,7 +25,7 @@ def rows(ground: Ground, processes: int, rounds: int) -> Iterator[Row]:
     for with_locks in (True, False):
         points = [(number, number % 2 == 1, with_locks) for number in range(rounds)]
         where = "" if with_locks else ", on a file system without locks"
-        yield Row(title + where, f"{rounds}", ground.judged(points, partial(round_, ground, processes)))
+        yield Row(title + where, ground.judged(points, partial(round_, ground, processes)))
 
 
 def round_(ground: Ground, processes: int, point: tuple[int, bool, bool]) -> str:
@@ -38,9 +38,8 @@ def round_(ground: Ground, processes: int, point: tuple[int, bool, bool]) -> str
     start, told, done = os.pipe(), os.pipe(), os.pipe()
     null = os.open(os.devnull, os.O_WRONLY)
     children = [forks.fork(partial(contender, folder, start, told, done), null) for _ in range(processes)]
-    for read, write in (start, done):
-        os.close(read)
-    os.close(told[1])
+    for descriptor in (start[0], done[0], told[1]):
+        os.close(descriptor)
     os.close(start[1])  # all at once
     lines = listened(told[0], processes)
     os.close(done[1])  # the owner may end

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.ordeals import forks
-from benchmarks.ordeals.arm import Arm, Figure, Row, differing
+from benchmarks.ordeals.arm import Arm, Figure, Row, differing, spaced
 from benchmarks.ordeals.ground import Ground
 from lowrank import cli
 
@@ -41,9 +41,9 @@ class Point:
         return f"{self.file} {self.damage}{', in the only checkpoint' if self.alone else ''}"
 
 
-def rows(ground: Ground) -> Iterator[Row]:
+def rows(ground: Ground, most: int | None = None) -> Iterator[Row]:
     title = "a part of a checkpoint missing or replaced: named, and an older one used or the resume refused"
-    yield Row(title, "all", *(damaged(ground, arm) for arm in ground.arms))
+    yield Row(title, *(damaged(ground, arm, most) for arm in ground.arms))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -52,13 +52,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.rpartition("-")[2]))
 
 
-def damaged(ground: Ground, arm: Arm) -> Figure:
+def damaged(ground: Ground, arm: Arm, most: int | None) -> Figure:
     whole, stopped = arm.ended(ground.run("whole", arm)), ground.stopped(arm)
     newest, older, *_ = checkpoints(stopped)
     files = [path.name for path in sorted(newest.iterdir())]
     points = [Point(file, damage, alone) for alone in (False, True) for file in files for damage in DAMAGES]
     changing = [p for p in points if changes(newest / p.file, older / p.file, p.damage)]
-    return ground.judged(changing, partial(judge, ground, arm, stopped, whole))
+    return ground.judged(spaced(changing, most), partial(judge, ground, arm, stopped, whole))
 
 
 def changes(path: Path, older: Path, damage: str) -> bool:

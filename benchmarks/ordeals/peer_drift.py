@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ordeals import changes, forks
-from benchmarks.ordeals.arm import Figure
+from benchmarks.ordeals.arm import Figure, spaced
 from benchmarks.ordeals.changes import Change
 from benchmarks.ordeals.drift import refuse_unsound
 from benchmarks.ordeals.ground import Ground
@@ -30,12 +30,12 @@ OUTSIDE: tuple[Change, ...] = (
 Point = tuple[str, Any]
 
 
-def figure(ground: Ground, made_from: Path) -> Figure:
+def figure(ground: Ground, made_from: Path, most: int | None) -> Figure:
     points: list[Point] = [*(("arguments", a) for a in ARGUMENTS), *(("lora", a) for a in LORA)]
     points += [("max_length", 8), *(("outside", changes.NAMES[change]) for change in OUTSIDE)]
     stopped = ground.stopped(ground.peer)
     refuse_unsound(ground.peer, ground.copy(stopped, "peer-nothing-changed"))
-    return ground.judged(points, partial(judge, ground, made_from))
+    return ground.judged(spaced(points, most), partial(judge, ground, made_from))
 
 
 def judge(ground: Ground, made_from: Path, point: Point) -> str:

@@ -32,7 +32,7 @@ ROOT = Path(compose.__file__).resolve().parents[1]
 
 def rows(ground: Ground, count: int, processes: int) -> Iterator[Row]:
     title = "SIGTERM at a random moment: 130, or death before training; resumed, ends in the same bits"
-    yield Row(title, f"{count}", *(terminated(ground, arm, count) for arm in (ground.ours, *peers(ground))))
+    yield Row(title, *(terminated(ground, arm, count) for arm in (ground.ours, *peers(ground))))
     if processes:
         draw = random.Random(ground.seed)
         life = process_lifetime(ground)
@@ -40,7 +40,6 @@ def rows(ground: Ground, count: int, processes: int) -> Iterator[Row]:
         whole = ground.ours.ended(ground.run("whole", ground.ours))
         yield Row(
             "… to python train.py itself, its imports included",
-            f"{processes}",
             ground.judged(points, partial(real, ground, whole)),
         )
 

@@ -136,7 +136,9 @@ def refuse_other_base(file: Path, model: nn.Module, path: str, copy: Tensor) -> 
     """Of a copy without values the shape alone is compared."""
     weight = getattr(dict(sites(model))[path], "weight", None)
     same = isinstance(weight, Tensor) and weight.shape == copy.shape
-    if not same or not (copy.is_meta or torch.equal(copy.to(weight), weight)):
+    if isinstance(weight, Tensor) and same and not copy.is_meta:
+        same = torch.equal(copy.to(weight), weight)
+    if not same:
         raise RefusedError(
             f"{file}: holds its own {path}.weight, which is not this base's: it was resized or trained, or the "
             f"base is another one."

@@ -20,7 +20,7 @@ class Choices(NamedTuple):
     lengths: int = 0  # parts of any length: .*
     optional: int = 0  # parts that may be left out: (…)?
 
-    def __add__(self, other: Any) -> Choices:  # type: ignore[override]
+    def __add__(self, other: Any) -> Choices:
         return Choices(self.lengths + other.lengths, self.optional + other.optional)
 
 

@@ -92,8 +92,19 @@ class MethodEvents(Hook):
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every whole row of a file; a last line that a crash tore is left out."""
+    """Every whole row of a file; a last line that a crash tore is left out. Raises RefusedError, naming the line, where
+    another one is no row."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    return [row(path, number, line) for number, line in enumerate(lines[:-1], 1) if line]
+
+
+def row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise RefusedError(f"{path}:{number}: cannot be read: not a JSON object.")
+    return found

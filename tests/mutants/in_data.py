@@ -107,4 +107,32 @@ MUTANTS = (
         "sha256 = table.sha256",
         ("data/test_sources.py::test_the_sha256_is_the_file_s_and_covers_both_files",),
     ),
+    Mutant(
+        "rows: a table's row is numbered by the line that it ends on",
+        "lowrank/data/table.py",
+        "yield taken[0].number, cells",
+        "yield taken[-1].number, cells",
+        ("data/test_sources.py::test_a_csv_row_is_numbered_by_the_line_it_starts_on",),
+    ),
+    Mutant(
+        "rows: what was dropped is not counted",
+        "lowrank/data/table.py",
+        "        self.dropped += 1\n",
+        "        self.dropped = 1\n",
+        ("data/test_malformed.py::test_the_note_counts_all_and_names_the_first_three",),
+    ),
+    Mutant(
+        "template: the day of the run is in the tokens",
+        CHAT,
+        "add_generation_prompt=unanswered, date_string=DATE)",
+        "add_generation_prompt=unanswered)",
+        ("data/test_chat.py::test_the_day_of_the_run_is_not_in_the_tokens",),
+    ),
+    Mutant(
+        "template: a second beginning token before the response",
+        CHAT,
+        "return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids",
+        "return tokenizer(texts, return_attention_mask=False, verbose=False).input_ids",
+        ("data/test_chat.py::test_a_beginning_token_stands_once_at_the_start_where_the_tokenizer_adds_it",),
+    ),
 )

@@ -107,4 +107,25 @@ MUTANTS = (
         "share = 1 - lost / effect",
         ("adapters/test_merge_share.py",),
     ),
+    Mutant(
+        "limit: the first rows of the file, not a draw",
+        "lowrank/evaluate.py",
+        "[examples[i] for i in order[: settings.limit or len(order)]]",
+        "[examples[i] for i in range(settings.limit or len(order))]",
+        ("test_evaluate.py::test_a_limit_is_a_draw_by_the_seed_whatever_is_generated_from",),
+    ),
+    Mutant(
+        "gain: before less after",
+        "lowrank/evaluate.py",
+        "asdict(bootstrap([a - b for a, b in pairs], seed=0))",
+        "asdict(bootstrap([b - a for a, b in pairs], seed=0))",
+        ("test_evaluate.py::test_the_gain_is_after_less_before_example_by_example",),
+    ),
+    Mutant(
+        "base: its evaluation is found again though the texts are cut elsewhere",
+        "lowrank/session.py",
+        '            "settings": asdict(self.config.data),\n',
+        "",
+        ("test_evaluate.py::test_the_base_is_evaluated_anew_where_what_is_measured_differs",),
+    ),
 )

@@ -24,7 +24,7 @@ MUTANTS = (
         "lowrank/quant/nf4.py",
         "return absmax.repeat_interleave(BLOCK)[:size]",
         "return absmax.repeat(BLOCK)[:size]",
-        ("quant/test_nf4.py::test_each_weight_is_its_level_times_the_scale_of_its_block_whatever_the_width",),
+        ("quant/test_rounding.py::test_a_layer_dequantises_to_exactly_the_levels_that_its_codes_name",),
     ),
     Mutant(
         "NF4: the low half of a byte comes first",
@@ -102,5 +102,12 @@ MUTANTS = (
         'return digest(self.seed, "dropout", self.rank, *self.now, group)',
         'return digest(self.seed, "dropout", self.rank, self.now[0], group)',
         ("test_keys.py::test_a_set_clock_repeats_and_depends_on_seed_rank_step_micro_batch_and_group",),
+    ),
+    Mutant(
+        "NF4: quantised from the file's own type, not the model's",
+        "lowrank/quant/convert.py",
+        "layer.fill((tensor.T if layers[path] else tensor).to(dtype))",
+        "layer.fill(tensor.T if layers[path] else tensor)",
+        ("quant/test_convert.py",),
     ),
 )

@@ -226,4 +226,54 @@ MUTANTS = (
         'loss <= self.best["loss"]',
         ("train/test_early.py::test_it_stops_at_the_evaluation_that_makes_so_many_without_a_better_one",),
     ),
+    Mutant(
+        "hooks: a method sees gradients that are not yet clipped",
+        LOOP,
+        """        nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_norm, norm)
+        lr = set_lr(self.optimizer, self.schedule(step))
+        for hook in self.hooks:
+            hook.before_update(step)
+""",
+        """        lr = set_lr(self.optimizer, self.schedule(step))
+        for hook in self.hooks:
+            hook.before_update(step)
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_norm, norm)
+""",
+        ("train/test_loop.py::test_the_norm_is_the_one_before_clipping_and_gradients_are_no_longer_than_allowed",),
+    ),
+    Mutant(
+        "fp16: the penalty's gradient is not scaled like the loss's",
+        LOOP,
+        "        if isinstance(penalty, Tensor):\n            self.precision.backward(penalty)\n",
+        "        if isinstance(penalty, Tensor):\n            penalty.backward()\n",
+        ("train/test_precision.py::test_a_penalty_counts_as_it_does_in_fp32",),
+    ),
+    Mutant(
+        "guard: an update that spoils a parameter is not seen",
+        LOOP,
+        "        guard.update(lr)\n",
+        "",
+        ("train/test_finite.py::test_an_update_that_spoils_a_parameter_is_found_before_anything_sees_it",),
+    ),
+    Mutant(
+        "data order: its hash does not know the order",
+        LOOP,
+        "rows = [list(batch.rows) for batch in batches]",
+        "rows = sorted(row for batch in batches for row in batch.rows)",
+        ("train/test_data_order.py::test_the_hash_is_of_rows_micro_batches_and_steps_in_their_order",),
+    ),
+    Mutant(
+        "early stop: a resumed run has new patience",
+        "lowrank/train/early.py",
+        'self.best, self.since = state["best"], state["since"]',
+        'self.best, self.since = state["best"], 0',
+        ("train/test_early.py::test_a_resumed_run_stops_where_it_would_have",),
+    ),
+    Mutant(
+        "average: what a method has pruned comes back",
+        "lowrank/train/average.py",
+        ".masked_fill_(parameter == 0, 0)",
+        "",
+        ("train/test_average.py::test_an_entry_that_a_method_sets_to_zero_is_zero_in_the_average",),
+    ),
 )

@@ -84,6 +84,20 @@ def test_clipping_comes_after_unscaling(make_llama: Callable[..., LlamaForCausal
         assert furthest(reached, runs[0][1]) < 1e-4  # a step of length 0.05
 
 
+def test_a_penalty_counts_as_it_does_in_fp32(make_llama: Callable[..., LlamaForCausalLM]) -> None:
+    """Its gradient passes through the loss scale like the loss's."""
+    norms = []
+    for precision in ("fp32", "fp16"):
+        calls = Calls()
+        loop = loop_of(make_llama(), precision=precision, hooks=[calls])
+        loop.precision.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "fp16")
+        loop.penalty = lambda loop=loop: 10 * sum(p.square().sum() for p in loop.parameters.values())
+        loop.run(1)
+        norms.append(calls.records[0].grad_norm)
+    assert norms[0] > 50  # the loss's alone is near 1
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
 def test_an_overflow_moves_nothing_but_the_scale(llama: LlamaForCausalLM) -> None:
     loop, calls = fp16_loop(llama, 2.0**60)
     before = values(loop)

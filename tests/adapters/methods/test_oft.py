@@ -105,7 +105,7 @@ def test_logits_loss_and_gradients_are_those_of_peft(neumann: int) -> None:
             {"block_size": 24},
             "adapter.block_size: 24 is not allowed on a site of 32 inputs; a divisor of that, such as 16.",
         ),
-        ({"neumann": 3}, "adapter.neumann: 3 is not allowed; 0 (exact), or a number of terms, 4 or more."),
+        ({"neumann": 3}, "adapter.neumann: 3 is not allowed; 0 (exact), or a number of terms, 4 to 1000."),
     ],
 )
 def test_options_out_of_range_are_refused(options: Any, sentence: str, llama: LlamaForCausalLM) -> None:
