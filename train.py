@@ -33,7 +33,7 @@ def main(node: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    stopping.install()
-    sys.argv[1:] = compose.whole_targets(sys.argv[1:])
     with stopping.held(), compose.reporting():  # a run heeds signals; modules that import would swallow one
+        stopping.install()
+        sys.argv[1:] = compose.whole_targets(sys.argv[1:])
         main()

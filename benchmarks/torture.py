@@ -48,13 +48,13 @@ PARTS: dict[str, Part] = {
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    chosen, started, rows = options.parts or list(PARTS), time.monotonic(), []
+    chosen, started, rows = options.parts or [(name, None) for name in PARTS], time.monotonic(), []
     with TemporaryDirectory(prefix="torture-") as name:
         os.environ["LOWRANK_CACHE"] = str(Path(name) / "cache")
         native, peer = options.calls == "native", not options.alone
         place = ground.make(Path(name), peer=peer, native=native, at_once=options.jobs, seed=options.seed)
-        for part in chosen:
-            for row in PARTS[part](place, options.points):
+        for part, points in chosen:
+            for row in PARTS[part](place, points or options.points):
                 rows.append(row)
                 print(table.line(row, time.monotonic() - started), file=sys.stderr, flush=True)
     found = table.markdown(rows, about(arguments, time.monotonic() - started))
@@ -67,8 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description="What a machine does to a run, done to it on purpose.")
-    made.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=f"all of: {', '.join(PARTS)}")
-    made.add_argument("--points", type=int, help="points of each arm and part (what README.md says)")
+    made.add_argument("parts", nargs="*", type=part, metavar="PART[=POINTS]", help=f"some of: {', '.join(PARTS)} (all)")
+    made.add_argument("--points", type=int, help="points of each arm and part (every one, or what README.md says)")
     made.add_argument("--alone", action="store_true", help="lowrank alone, without PEFT + Trainer")
     made.add_argument("--calls", choices=["native", "patched"], default="native", help="how calls are counted (native)")
     made.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="points at once (one a core)")
@@ -82,6 +82,14 @@ def parser() -> argparse.ArgumentParser:
         help="put the table into FOLDER/README.md, and torture.json beside it (benchmarks/)",
     )
     return made
+
+
+def part(text: str) -> tuple[str, int | None]:
+    """``kill`` or ``kill=20``."""
+    name, _, points = text.partition("=")
+    if name not in PARTS or not (points or "1").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; one of {', '.join(PARTS)}, perhaps with =POINTS.")
+    return name, int(points) if points else None
 
 
 def about(arguments: list[str] | None, seconds: float) -> dict[str, str]:

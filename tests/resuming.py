@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,6 +114,21 @@ def full_disk(folder: Path, writes: int) -> Iterator[itertools.count[int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "write", limited)
         yield made
+
+
+@contextmanager
+def slow_disk(folder: Path, seconds: float) -> Iterator[None]:
+    """Each write into ``folder`` takes that long."""
+    write = os.write
+
+    def slowly(descriptor: int, data: bytes) -> int:
+        if os.path.realpath(f"/proc/self/fd/{descriptor}").startswith(f"{folder}/"):
+            time.sleep(seconds)
+        return write(descriptor, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "write", slowly)
+        yield
 
 
 def kill_while_replacing() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from lowrank import config
 from lowrank.adapters import Adapter
 from lowrank.compose import compose, find_conf
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, RefusedError
 from lowrank.rules import RULES
 
 CHOICES = [
@@ -291,3 +291,10 @@ def test_every_key_is_documented_where_it_stands() -> None:
             if is_key and "#" not in line and not before.lstrip().startswith("#"):
                 undocumented.append(f"{path.name}: {line}")
     assert undocumented == []
+
+
+@pytest.mark.parametrize("damage", [b"loop: {", b"loop:\n\tsteps: 1", b"- loop", b"\xff\xfe", b"a: \x07", b"[" * 5000])
+def test_a_run_directorys_file_that_cannot_be_read_is_named(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(damage)
+    with pytest.raises(RefusedError, match=r"config\.yaml: cannot be read"):
+        config.load(tmp_path / "config.yaml")

@@ -140,10 +140,11 @@ def swap(content: dict[str, Any]) -> None:
     [
         ("tokenizer.json", swap),
         ("tokenizer.json", lambda t: t.update(normalizer={"type": "Lowercase"})),
+        ("tokenizer.json", lambda t: t.update(normalizer={"type": "NFKC"})),
         ("tokenizer.json", lambda t: t["added_tokens"][0].update(lstrip=True)),
         ("tokenizer_config.json", lambda t: t.update(pad_token="<|eos|>")),
     ],
-    ids=["vocabulary", "normalizer", "special", "padding"],
+    ids=["vocabulary", "normalizer", "rare normalizer", "special", "padding"],
 )
 def test_whatever_makes_other_token_ids_is_another_tokenizer(folder: Path, name: str, change: Any) -> None:
     before = hashed(folder)

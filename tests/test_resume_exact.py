@@ -11,7 +11,20 @@ import pytest
 import resuming
 import torch
 from commands import write_rows
-from resuming import FP16_OVERFLOWS, ROWS, SHORT, STEPS, course, differing, ended, full_disk, killed, resumed, stopped
+from resuming import (
+    FP16_OVERFLOWS,
+    ROWS,
+    SHORT,
+    STEPS,
+    course,
+    differing,
+    ended,
+    full_disk,
+    killed,
+    resumed,
+    slow_disk,
+    stopped,
+)
 from resuming_adapters import Remembering
 from transformers import BloomConfig, BloomForCausalLM
 
@@ -176,6 +189,18 @@ def test_how_often_it_is_looked_at_and_saved_may_change_and_moves_nothing(
     watched = ("samples.jsonl", "summary.json: eval", "summary.json: checkpoint")
     moved = [n for n in differing(course(folder), course(tmp_path)) if not n.startswith(watched)]
     assert moved == []
+
+
+def test_a_checkpoint_that_is_written_while_training_goes_on_is_of_its_own_step(
+    whole: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder, overrides = whole(*CASES["a hook of a user's own"])
+    with slow_disk(tmp_path / "checkpoints", 0.005):
+        rare = ("checkpoint.background=true", "checkpoint.every=4")
+        stopped(tmp_path, *overrides, *rare, after=7, by=resuming.crash)
+    resumed(tmp_path, *overrides)
+    assert "resuming after step 4 " in (tmp_path / "events.log").read_text()
+    assert differing(course(folder), course(tmp_path)) == []
 
 
 def test_a_run_of_one_step_at_a_time_ends_as_one_of_all(whole: Callable[..., Any], tmp_path: Path) -> None:

@@ -44,18 +44,15 @@ def rows(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["--cfg", "job", "experiment=demo"]])
-def test_help_and_configuration_are_shown_quickly_and_without_torch(
+def test_help_and_configuration_are_shown_without_torch(
     tmp_path: Path, outputs: Path, arguments: list[str]
 ) -> None:
     for name in ("torch", "transformers", "bitsandbytes"):
         (tmp_path / "shim").mkdir(exist_ok=True)
         (tmp_path / f"shim/{name}.py").write_text(SHIM)
-    start = time.monotonic()
     done = train(outputs, *arguments, PYTHONPATH=str(tmp_path / "shim"))
-    seconds = time.monotonic() - start
     assert (done.returncode, done.stderr) == (0, "")
     assert "adapter" in done.stdout
-    assert seconds < 2
     assert not outputs.exists()
 
 

@@ -18,6 +18,7 @@ class Place:
     function: str
     nth: int
     overrides: tuple[str, ...] = ()
+    most: int | None = None  # points that are taken of it where nobody says how many; None: all
 
 
 class Arm(Protocol):

@@ -49,21 +49,19 @@ def rows(ground: Ground, kinds: list[str], most: int | None = None) -> Iterator[
 
 def tortured(ground: Ground, arm: Arm, what: int, most: int | None) -> Figure:
     whole = arm.ended(ground.run("whole", arm))
-    places = {place.name: place for place in arm.places}
-    points = [
-        Point(arm.name, place.name, what, number)
-        for place in arm.places
-        for number in range(1, counted(ground, arm, place, what) + 1)
-    ]
-    chosen = spaced(points, most)
-    found = list(ground.each(chosen, lambda point: judge(ground, arm, places[point.place], point, whole)))
+    places = {place.name: place for place in spaced(list(arm.places), most)}
+    points: list[Point] = []
+    for name, number in ground.each(places, lambda name: counted(ground, arm, places[name], what)):
+        of_place = [Point(arm.name, name, what, count) for count in range(1, number + 1)]
+        points += of_place if most else spaced(of_place, places[name].most)
+    found = ground.each(spaced(points, most), lambda point: judge(ground, arm, places[point.place], point, whole))
     hit = [(point, fault) for point, fault in found if fault != MISSED]
     return Figure(len(hit), [f"{point}: {fault}" for point, fault in hit if fault])
 
 
 def counted(ground: Ground, arm: Arm, place: Place, what: int) -> int:
     """How many calls there are in that part of a run; of a kind that only writes have, how many of those."""
-    folder = ground.place(f"count-{arm.name[:4]}")
+    folder = ground.place(f"count {arm.name[:4]} {place.name}")
 
     def count() -> list[int]:
         found: list[int] = []
@@ -77,7 +75,7 @@ def counted(ground: Ground, arm: Arm, place: Place, what: int) -> int:
 
 def judge(ground: Ground, arm: Arm, place: Place, point: Point, whole: dict[str, str]) -> str:
     """What is wrong after this point, or nothing."""
-    folder = ground.place(f"{arm.name[:4]}-{point.what}-{place.function}-{place.nth}-{point.number}")
+    folder = ground.place(f"{arm.name[:4]} {point}")
     variant = arm.having(*place.overrides)
 
     def disturbed() -> None:

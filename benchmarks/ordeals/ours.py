@@ -41,7 +41,7 @@ class Ours:
         Place("the final adapter", outcome, "save_adapter", 1),
         Place("the first background save", Checkpoints, "commit", 1, BACKGROUND),
         Place("a later background save, which prunes", Checkpoints, "commit", 3, BACKGROUND),
-        Place("the whole course", session.Session, "course", 1),
+        Place("the whole course", session.Session, "course", 1, most=60),
     )
 
     def having(self, *more: str) -> Ours:
@@ -57,8 +57,8 @@ class Ours:
     def program(self, folder: Path) -> None:
         """What ``python train.py`` does but for Hydra's own part: errors are printed and end with their exit code."""
         stopping = Stopping()
-        stopping.install()
-        with compose.reporting(folder):
+        with stopping.held(), compose.reporting(folder):
+            stopping.install()
             run.train(self.config(), folder, None, stopping)
 
     def again(self, folder: Path) -> None:
@@ -66,13 +66,15 @@ class Ours:
         self.having("checkpoint.resume=true").program(folder)
 
     def ended(self, folder: Path) -> dict[str, str]:
-        """Hashes of all that must be equal in the end: each file of tensors and each row, times left out."""
-        tensors = [*folder.glob("checkpoints/step-*/*.safetensors"), *folder.glob("adapter/*.safetensors")]
-        found = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(tensors)}
+        """Hashes of all that must be equal in the end: files of tensors and rows, times left out. A run that a signal
+        stopped has one more checkpoint on its way, so the last one counts."""
+        last = sorted(folder.glob("checkpoints/step-*"))[-1:]
+        tensors = [file for home in (*last, folder / "adapter") for file in sorted(home.glob("*.safetensors"))]
+        found = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in tensors}
         for path in [folder / name for name in ("metrics.jsonl", "digests.jsonl", "samples.jsonl")]:
             if path.exists():
                 found[path.name] = hashlib.sha256(TIMES.sub(b"", path.read_bytes())).hexdigest()
-        for path in sorted(folder.glob("checkpoints/step-*/state.json")):
+        for path in [home / "state.json" for home in last]:
             loop = {name: v for name, v in json.loads(path.read_bytes())["loop"].items() if name != "seconds"}
             found[str(path.relative_to(folder))] = json.dumps(loop, sort_keys=True)
         summary = folder / "summary.json"

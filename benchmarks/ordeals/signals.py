@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from benchmarks.ordeals import forks
 from benchmarks.ordeals.arm import Arm, Figure, Row
 from benchmarks.ordeals.forks import Ended
 from benchmarks.ordeals.ground import Ground
-from benchmarks.ordeals.kills import outcome
+from benchmarks.ordeals.kills import MISSED, outcome
 from benchmarks.ordeals.ours import SMALL
 from lowrank import compose
 
@@ -58,10 +59,13 @@ def peers(ground: Ground) -> list[Arm]:
 
 
 def terminated(ground: Ground, arm: Arm, count: int) -> Figure:
+    """Signals that come when the process has ended already are no points: more are drawn than are needed."""
     whole, life = arm.ended(ground.run("whole", arm)), lifetime(ground, arm)
     draw = random.Random(ground.seed)
-    points = [(number, round(draw.uniform(0, life), 4)) for number in range(count)]
-    return ground.judged(points, partial(judge, ground, arm, whole))
+    points = [(number, round(draw.uniform(0, life), 4)) for number in range(2 * count)]
+    judging = ground.each(points, partial(judge, ground, arm, whole))
+    hit = list(islice(((point, fault) for point, fault in judging if fault != MISSED), count))
+    return Figure(len(hit), [f"{point}: {fault}" for point, fault in hit if fault])
 
 
 def lifetime(ground: Ground, arm: Arm) -> float:
@@ -76,23 +80,35 @@ def judge(ground: Ground, arm: Arm, whole: dict[str, str], point: tuple[int, flo
     with tempfile.TemporaryFile() as output:
         number = forks.fork(partial(arm.program, folder), output.fileno())
         time.sleep(point[1])
+        over = os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         os.kill(number, signal.SIGTERM)
         code = forks.waited(number, time.monotonic() + forks.SECONDS)
         output.seek(0)
         stopped = Ended(code, output.read().decode(errors="replace"))
-    return judged(arm, folder, stopped, whole)
+    return MISSED if over else judged(arm, folder, stopped, whole)
 
 
 def judged(arm: Arm, folder: Path, stopped: Ended, whole: dict[str, str]) -> str:
+    fault = ending(arm, folder, stopped) if arm.name == "lowrank" else ""
     newest = arm.newest(folder)
     again = forks.child(partial(arm.again, folder))
-    fault = outcome(arm, folder, newest, again, whole)
-    if arm.name == "lowrank" and (stopped.code not in (130, -signal.SIGTERM, 0) or "Traceback" in stopped.output):
-        fault = f"exit code {stopped.code}: {stopped.output[-400:]}; {fault}"
-    if arm.name == "lowrank" and stopped.code != 130 and newest and arm.ended(folder)["status"] != "done":
-        fault = f"exit code {stopped.code} after training had begun; {fault}"
+    fault = "; ".join(found for found in (fault, outcome(arm, folder, newest, again, whole)) if found)
     shutil.rmtree(folder, ignore_errors=True)
     return fault
+
+
+def ending(arm: Arm, folder: Path, stopped: Ended) -> str:
+    """What is wrong with how the signal ended it: with 130, saved and said to be interrupted where it had begun to
+    train; with the signal itself where it could not yet, or no longer, be heard; with 0 when all was done but that."""
+    status, trained = arm.ended(folder)["status"], (folder / "checkpoints").exists()
+    match stopped.code:
+        case 130:
+            right = status in (("interrupted", "done") if trained else ("none",)) and "Traceback" not in stopped.output
+        case 0:
+            right = status == "done"
+        case _:
+            right = stopped.code == -signal.SIGTERM and (status == "done" or not trained)
+    return "" if right else f"exit code {stopped.code}, status {status}: {stopped.output[-400:]}"
 
 
 def command(ground: Ground, folder: Path) -> list[str]:

@@ -199,24 +199,7 @@ def test_two_alphas_for_one_site_are_refused_because_peft_s_file_does_not_keep_t
     refused(RefusedError, r"'q_proj' and 'layers\\.0\\..*' differ on model.layers.0.self_attn.q_proj", bare, folder)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        *(
-            b"",
-            b"{",
-            b"[]",
-            b"null",
-            b"\xff\xfe",
-            b"[" * 100_000,
-            b'{"r": 8, "r": 16}',
-            b'{"r": 1' + b"0" * 5000 + b"}",
-        ),
-        *(b'{"lora_alpha": NaN}', b'{"lora_alpha": Infinity}', b'{"lora_alpha": 1e400}', b'{"bias": "\\ud800"}'),
-        *(b'{"r": ' + b"[" * 100 + b"]" * 100 + b"}", b" " * 2**23 + b"{}"),
-    ],
-    ids=lambda damage: damage[:24],
-)
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"lora_alpha": NaN}'])
 def test_a_damaged_configuration_is_refused(damage, saved):
     bare, folder = saved
     (folder / CONFIG).write_bytes(damage)

@@ -208,7 +208,7 @@ def test_a_run_leaves_both_formats_or_says_in_one_line_why_not(
     rules: Any, note: str | None, tmp_path: Path, make_base: Any
 ) -> None:
     log = Log()
-    save_adapter(with_adapter(make_base("llama"), rules), tmp_path, {}, None, log)
+    save_adapter(with_adapter(make_base("llama"), rules), tmp_path, {}, None, log, step=1)
     assert (tmp_path / "adapter.safetensors").is_file()
     assert (tmp_path / "adapter_config.json").is_file() == (note is None)
     assert len(log.waiting) == (note is not None)

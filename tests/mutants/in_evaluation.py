@@ -105,7 +105,7 @@ MUTANTS = (
         "lowrank/adapters/effect.py",
         "share = 1 - math.sqrt(lost / effect)",
         "share = 1 - lost / effect",
-        ("adapters/test_merge_share.py",),
+        ("adapters/test_merge_share.py::test_the_share_is_what_its_definition_says",),
     ),
     Mutant(
         "limit: the first rows of the file, not a draw",
@@ -122,9 +122,9 @@ MUTANTS = (
         ("test_evaluate.py::test_the_gain_is_after_less_before_example_by_example",),
     ),
     Mutant(
-        "base: its evaluation is found again though the texts are cut elsewhere",
+        "base: its evaluation is found again though other examples are measured",
         "lowrank/session.py",
-        '            "settings": asdict(self.config.data),\n',
+        '            "eval": {**asdict(self.config.eval), "every": None, "before": None},\n',
         "",
         ("test_evaluate.py::test_the_base_is_evaluated_anew_where_what_is_measured_differs",),
     ),

@@ -66,7 +66,7 @@ MUTANTS = (
         "lowrank/models/attention.py",
         'scale=kwargs.get("scaling"),',
         "scale=None,",
-        ("models/test_attention.py",),
+        ("models/test_attention.py::test_packed_logits_equal_the_models_own_unpacked_path",),
     ),
     Mutant(
         "attention: the prefix is out of sight behind a mask",
@@ -108,6 +108,6 @@ MUTANTS = (
         "lowrank/quant/convert.py",
         "layer.fill((tensor.T if layers[path] else tensor).to(dtype))",
         "layer.fill(tensor.T if layers[path] else tensor)",
-        ("quant/test_convert.py",),
+        ("quant/test_convert.py::test_loading_quantised_equals_quantising_what_was_loaded",),
     ),
 )

@@ -6,10 +6,12 @@ import in_adapters
 import in_data
 import in_evaluation
 import in_files
+import in_methods
 import in_models
 import in_training
 
 MUTANTS = (
+    *in_methods.MUTANTS,
     *in_adapters.MUTANTS,
     *in_models.MUTANTS,
     *in_data.MUTANTS,

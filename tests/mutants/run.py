@@ -42,7 +42,7 @@ class Outcome:
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.mutant.name:<58} {self.mutant.file:<40} {self.seconds:6.1f} s  {self.caught or self.how}"
+        return f"{self.mutant.name:<70} {self.mutant.file:<37} {self.seconds:6.1f} s  {self.caught or self.how}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def check(root: Path, mutants: Sequence[Mutant], processes: int = 1, say: Callab
             say(clean.output)
             say("the tests do not pass without a bug")
             return False
-        say(f"{'without a bug':<99} {clean.seconds:6.1f} s  every test passes")
+        say(f"{'without a bug':<108} {clean.seconds:6.1f} s  every test passes")
         survived = []
         for outcome in every(mutants, trees):
             say(str(outcome))

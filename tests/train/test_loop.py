@@ -237,7 +237,7 @@ def test_a_hook_that_only_observes_cannot_change_the_run(make_gpt2: Callable[...
             with torch.no_grad():
                 target_loss(watched.model, watched.batches.at(9)[0])
 
-    plain, watched = (loop_of(make_gpt2(), dropout=0.2) for _ in range(2))
+    plain, watched = (loop_of(make_gpt2().train(), dropout=0.2) for _ in range(2))
     watched.hooks = [Evaluates()]
     plain.run(4)
     watched.run(4)

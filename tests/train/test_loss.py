@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +81,11 @@ def test_a_model_that_computes_every_logit_loses_the_same(batch: Batch) -> None:
     torch.testing.assert_close(target_loss(model, batch), wanted)
 
 
-def test_it_is_summed_in_fp32_even_where_logits_are_bf16(packing: Any, batch: Batch) -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, loss = target_logits(packing, batch), target_loss(packing, batch)
+@pytest.mark.parametrize("held", [False, True], ids=["under autocast", "a model held in bf16"])
+def test_it_is_summed_in_fp32_even_where_logits_are_bf16(held: bool, packing: Any, batch: Batch) -> None:
+    model = packing.bfloat16() if held else packing
+    with nullcontext() if held else torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, loss = target_logits(model, batch), target_loss(model, batch)
     assert logits.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, F.cross_entropy(logits.float(), batch.targets, reduction="sum"))

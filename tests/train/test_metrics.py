@@ -139,3 +139,11 @@ def test_a_line_that_a_crash_tore_is_left_out(tmp_path: Path) -> None:
         path.write_bytes(whole.encode() + whole.encode()[:cut])
         assert [row["step"] for row in read(path)] == [1] * (2 if cut == len(whole) else 1)
     assert read(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("damage", [b"{\xff}", b'{"step": 1', b"[1]", b"[" * 100_000])
+def test_a_line_in_the_middle_that_is_no_row_is_named(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
+    with pytest.raises(RefusedError, match=r"metrics\.jsonl:2: cannot be read"):
+        read(path)
