@@ -44,9 +44,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["--cfg", "job", "experiment=demo"]])
-def test_help_and_configuration_are_shown_without_torch(
-    tmp_path: Path, outputs: Path, arguments: list[str]
-) -> None:
+def test_help_and_configuration_are_shown_without_torch(tmp_path: Path, outputs: Path, arguments: list[str]) -> None:
     for name in ("torch", "transformers", "bitsandbytes"):
         (tmp_path / "shim").mkdir(exist_ok=True)
         (tmp_path / f"shim/{name}.py").write_text(SHIM)
