@@ -160,7 +160,7 @@ def test_a_run_whose_hook_raised_ends_as_one_whose_hook_did_not(
     assert differing(ended(folder), ended(tmp_path)) == []
 
 
-@pytest.mark.parametrize("writes", [12, 45], ids=["early", "late"])
+@pytest.mark.parametrize("writes", [12, 445], ids=["early", "late"])
 def test_a_run_that_found_the_disk_full_ends_as_one_that_did_not(
     writes: int, whole: Callable[..., Any], tmp_path: Path
 ) -> None:

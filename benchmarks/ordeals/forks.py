@@ -96,14 +96,18 @@ def each(
     points: Iterable[Point], act: Callable[[Point], Any], at_once: int, seconds: float = 6 * SECONDS
 ) -> Iterator[tuple[Point, Any]]:
     """``act(point)`` for every point, each in a forked process, which may fork further ones; in their order."""
-    left, running = list(points), []
+    running: list[tuple[int, Point, int]] = []
     with tempfile.TemporaryDirectory(prefix="torture-results-") as name:
-        for index, point in enumerate(left):
-            running.append((index, point, begun(act, point, Path(name) / str(index))))
-            if len(running) >= at_once:
+        try:
+            for index, point in enumerate(points):
+                running.append((index, point, begun(act, point, Path(name) / str(index))))
+                if len(running) >= at_once:
+                    yield finished(*running.pop(0), Path(name), seconds)
+            while running:
                 yield finished(*running.pop(0), Path(name), seconds)
-        while running:
-            yield finished(*running.pop(0), Path(name), seconds)
+        finally:  # whoever asked may want no more of them
+            for _, _, number in running:
+                waited(number, time.monotonic() + seconds)
 
 
 def begun(act: Callable[[Point], Any], point: Point, path: Path) -> int:
