@@ -166,7 +166,7 @@ RULES: dict[str, Rule] = {
         *("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay"),
     ),
     "schedule.warmup": number(
-        "a number of steps, or a fraction below 1", lambda v: 0 <= v < 1 or (v < math.inf and v == int(v) and v > 0)
+        "a number of steps, or a fraction below 1", lambda v: 0 <= v < 1 or (0 < v < math.inf and v == int(v))
     ),
     "schedule.options": Rule("a mapping", lambda v: isinstance(v, dict)),
     "loop.steps": or_null(POSITIVE),
