@@ -1,11 +1,13 @@
-"""Tiny random models, the conformance kit's own."""
+"""What many tests share: tiny random models, the conformance kit's own; a few rows of data; a module's own cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from commands import write_rows
 from torch import nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
@@ -52,3 +54,16 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 def tokens() -> torch.Tensor:
     """(2, 11) token ids."""
     return torch.randint(0, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What runs keep from one to the next is kept from test to test of a module, and not beyond."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWRANK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")

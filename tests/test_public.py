@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import ROOT, SMALL, environment, run, write_rows
+from commands import ROOT, SMALL, environment, run
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -28,16 +28,7 @@ DROPOUT = ("model=tiny_gpt2", "adapter.dropout=0.1", "loop.steps=12", "eval.befo
 LONG = ("model=tiny_llama", "adapter.dropout=0.1", "loop.steps=300", "eval.before=false", "checkpoint.every=50")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOWRANK_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

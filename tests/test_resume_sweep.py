@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ import lowrank
 from lowrank.compose import find_conf
 from lowrank.errors import Interrupted
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 METHODS = sorted(path.stem for path in (find_conf() / "adapter").glob("*.yaml"))
 OF_THE_BASE = ("full", "bitfit")  # which NF4 weights cannot be
 DROPOUT = "adapter.dropout=0.1"
@@ -77,13 +77,6 @@ OTHERS = {
     "patience left": ("loop.patience=3", "eval.every=1", "loop.average=0.5"),
 }
 Whole = Callable[..., tuple[Path, list[str]]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOWRANK_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
