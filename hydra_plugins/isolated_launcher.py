@@ -128,7 +128,8 @@ class IsolatedLauncher(Launcher):
     def redact(self) -> None:
         """What Hydra wrote of the command line, without the secrets that were in it."""
         path = self.sweep / "multirun.yaml"
-        if path.is_file() and redacted(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8"):
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if redacted(text) != text:
             written = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
             OmegaConf.save(OmegaConf.create(redacted_tree(written)), path)
 

@@ -193,6 +193,11 @@ class Loaded:
     fast: str  # what runs on faster kernels: part of a run's identity
     notes: tuple[str, ...]
 
+    @property
+    def packed(self) -> bool:
+        """Whether documents stand end to end, not padded one a row."""
+        return self.collate is pack
+
 
 def load(parts: Parts) -> Loaded:
     config = parts.config

@@ -65,7 +65,7 @@ def identity(parts: Parts, data: Data, loaded: Loaded, *, base: str, steps: int)
         "plan": sha256(parts.plan.to_dict()),
         "code": source.code_hash(source.files(named_classes(config, parts.plan))),
         "fast": loaded.fast,
-        "packed": loaded.collate.__name__ == "pack",
+        "packed": loaded.packed,
         STEPS: steps,
         "threads": torch.get_num_threads(),
         "machine": machine(parts.device),

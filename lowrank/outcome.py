@@ -78,7 +78,7 @@ def conditions(parts: Parts, loaded: Loaded, data: Data, base: dict[str, str]) -
         "device": str(parts.device),
         "threads": torch.get_num_threads(),
         "fast": loaded.fast,
-        "packed": loaded.collate.__name__ == "pack",
+        "packed": loaded.packed,
         "base": base_id(base),
         "data": {"name": data.split.name, "sha256": data.split.sha256},
         "versions": versions(),

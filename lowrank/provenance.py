@@ -14,8 +14,8 @@ from typing import Any
 from lowrank import directory, source
 from lowrank.assemble import Parts
 from lowrank.config import Config
+from lowrank.disk import write_text
 from lowrank.identity import differences, named_classes
-from lowrank.secrets import redacted
 from lowrank.train.checkpoint import Saved
 
 
@@ -51,7 +51,7 @@ def write(folder: Path, identity: Mapping[str, Any], parts: Parts, command: str 
         {"identity": identity, "provenance": told, **({"earlier": earlier} if earlier else {})},
     )
     if code.patch:
-        directory.write_text(folder / directory.PATCH, redacted(code.patch))
+        write_text(folder / directory.PATCH, code.patch)
     else:
         (folder / directory.PATCH).unlink(missing_ok=True)
     source.remember(modules.values())

@@ -146,7 +146,7 @@ class Session:
             "quant": asdict(self.config.quant),
             "settings": asdict(self.config.data),
             "eval": {**asdict(self.config.eval), "every": None, "before": None},
-            "packed": self.loaded.collate.__name__,
+            "packed": self.loaded.packed,
         }
         return self.evaluator.cached(self.model, depends, cache())
 

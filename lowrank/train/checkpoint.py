@@ -6,7 +6,6 @@ Safetensors and JSON only; nothing is ever unpickled. How a folder is committed 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from lowrank.errors import NumericsError, RefusedError
 from lowrank.manifest import canonical, committed, newest, read_json, verify
 from lowrank.train import tensors
 from lowrank.train.background import Files, Foreground, Writer
+from lowrank.train.early import better
 from lowrank.train.hooks import Hook, StepRecord
 
 __all__ = ["Checkpoints", "Saved", "committed", "newest", "prune", "read", "read_tensors", "save", "verify"]
@@ -119,13 +119,6 @@ def checked_best(value: Any) -> dict[str, Any] | None:
     """A state's ``best``, if it is what ``better`` makes."""
     kinds = {name: type(held) for name, held in value.items()} if isinstance(value, dict) else {}
     return value if kinds == {"step": int, "loss": float} else None
-
-
-def better(best: dict[str, Any] | None, step: int, loss: float | None) -> dict[str, Any] | None:
-    """The best checkpoint so far, where the one of ``step`` has this held-out loss (None: it was not evaluated)."""
-    if loss is None or not math.isfinite(loss) or (best is not None and loss >= best["loss"]):
-        return best
-    return {"step": step, "loss": loss}
 
 
 def refuse_not_finite(trained: Mapping[str, Tensor], step: int) -> None:

@@ -10,6 +10,13 @@ from lowrank.train.hooks import Hook, StepRecord
 from lowrank.train.stopping import Stoppable
 
 
+def better(best: dict[str, Any] | None, step: int, loss: float | None) -> dict[str, Any] | None:
+    """The step and the loss of the best so far, where ``step`` has this held-out loss (None: it was not evaluated)."""
+    if loss is None or not math.isfinite(loss) or (best is not None and loss >= best["loss"]):
+        return best
+    return {"step": step, "loss": loss}
+
+
 class EarlyStop(Hook):
     """Asks the loop to leave when ``patience`` evaluations in a row (None: however many) were no better than the best.
 
@@ -27,10 +34,9 @@ class EarlyStop(Hook):
         loss = self.held_out(record.step)
         if loss is None:
             return
-        if math.isfinite(loss) and (self.best is None or loss < self.best["loss"]):
-            self.best, self.since = {"step": record.step, "loss": loss}, 0
-        else:
-            self.since += 1
+        best = better(self.best, record.step, loss)
+        self.since = self.since + 1 if best is self.best else 0
+        self.best = best
         if self.patience is not None and self.since >= self.patience:
             self.stopped = record.step
             self.loop.stop = True

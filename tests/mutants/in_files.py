@@ -123,7 +123,7 @@ MUTANTS = (
     ),
     Mutant(
         "keep: the highest loss is the best",
-        CHECKPOINT,
+        "lowrank/train/early.py",
         'best is not None and loss >= best["loss"]',
         'best is not None and loss <= best["loss"]',
         ("train/test_checkpoint_kept.py::test_the_newest_stay_and_beside_them_the_best",),

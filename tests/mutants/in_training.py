@@ -222,8 +222,8 @@ MUTANTS = (
     Mutant(
         "early stop: an equal loss counts as better",
         "lowrank/train/early.py",
-        'loss < self.best["loss"]',
-        'loss <= self.best["loss"]',
+        'loss >= best["loss"]',
+        'loss > best["loss"]',
         ("train/test_early.py::test_it_stops_at_the_evaluation_that_makes_so_many_without_a_better_one",),
     ),
     Mutant(
