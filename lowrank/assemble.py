@@ -16,13 +16,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lowrank import classes
-from lowrank import config as schema
+from lowrank import classes, schema
 from lowrank.adapters.base import Adapter
 from lowrank.adapters.expected import valueless
 from lowrank.adapters.inject import apply, hooks, named_trainable, names_parameter
 from lowrank.adapters.plan import Factory, InjectionPlan, Rules, class_and_options, plan
-from lowrank.config import Config
 from lowrank.data import chat, sources
 from lowrank.data.order import Batches
 from lowrank.data.pack import Batch, Document, pack, pad
@@ -33,6 +31,7 @@ from lowrank.fast import linear, swiglu
 from lowrank.models import attention
 from lowrank.models import load as models
 from lowrank.quant.convert import load_quantized, quantize, report
+from lowrank.schema import Config
 from lowrank.track import writer_class
 from lowrank.train import optim
 from lowrank.train import precision as precisions

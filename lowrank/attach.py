@@ -9,9 +9,9 @@ from lowrank import classes
 from lowrank.adapters import preflight
 from lowrank.adapters.inject import apply, named_trainable
 from lowrank.assemble import Data, Loaded, Parts
-from lowrank.config import Optim
 from lowrank.evaluate import Evaluator
 from lowrank.keys import Clock
+from lowrank.schema import Optim
 from lowrank.train import optim
 from lowrank.train.loss import target_logits, target_loss
 from lowrank.train.precision import Precision

@@ -27,6 +27,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from lowrank import config
 from lowrank.errors import ConfigError, Interrupted, LowrankError, OutOfMemory, did_you_mean
 from lowrank.rules import unknown_key
+from lowrank.schema import GROUPS, Config
 from lowrank.secrets import redacted
 
 MACHINE = {
@@ -52,7 +53,7 @@ NO_TARGETS = "++adapter.targets=null"  # "++", because of two overrides of one k
 MORE_KINDS = {"schedule": " Other kinds of schedule: schedule.kind=NAME."}
 
 
-def compose(overrides: list[str], config_dir: Path | None = None) -> config.Config:
+def compose(overrides: list[str], config_dir: Path | None = None) -> Config:
     """The configuration of ``python train.py OVERRIDES``. Raises ConfigError."""
     return config.parse(compose_node(overrides, config_dir))
 
@@ -78,7 +79,7 @@ def whole_targets(overrides: Sequence[str]) -> list[str]:
     return found
 
 
-def changed(base: config.Config, overrides: list[str], allowed: Sequence[str] = ()) -> config.Config:
+def changed(base: Config, overrides: list[str], allowed: Sequence[str] = ()) -> Config:
     """``base`` with overrides in Hydra's grammar: ``data=jsonl`` takes the group anew, ``data.limit=5`` a key.
 
     Raises ConfigError for a group that is none of ``allowed`` (all are, where none is named), a misspelt key, or a
@@ -89,8 +90,8 @@ def changed(base: config.Config, overrides: list[str], allowed: Sequence[str] = 
     for text, group in groups.items():
         if allowed and group not in allowed:
             raise ConfigError(f"{text}: only {' and '.join(allowed)} may differ from the run's.")
-        if group not in config.GROUPS:
-            raise unknown_key(group, config.GROUPS)
+        if group not in GROUPS:
+            raise unknown_key(group, GROUPS)
     tree = OmegaConf.create(base.to_dict())
     choices = {one.key_or_group for one in given if "." not in one.key_or_group}
     fresh = compose_node([text for text, group in groups.items() if group in choices]) if choices else {}

@@ -1,4 +1,4 @@
-"""The configuration: a typed schema, a strict parse, and errors that name the key, the value and what is allowed.
+"""The configuration read: a strict parse, and errors that name the key, the value and what is allowed.
 
 ``parse`` turns the composed YAML into a frozen ``Config``. Every key and value is checked before torch is
 imported; only then are the classes that ``_target_`` names looked at, because the options of ``adapter`` and
@@ -8,10 +8,10 @@ imported; only then are the classes that ``_target_`` names looked at, because t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, fields
 from functools import reduce
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
@@ -20,165 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from lowrank.classes import check_adapter, check_optimizer, options, resolve
 from lowrank.errors import ConfigError, RefusedError
 from lowrank.rules import ANY, OWNERS, RELATIONS, RULES, read_group, refuse, unknown_key
+from lowrank.schema import FREE, GROUPS, NESTED, OPEN, Config
 from lowrank.secrets import redacted_tree
 
 __all__ = ["Config", "key_error", "parse", "resolve", "sentence"]
-
-
-@dataclass(frozen=True)
-class Model:
-    kind: str
-    name: str | None = None  # folder or hub id
-    revision: str | None = None
-    dtype: str = "auto"
-
-
-@dataclass(frozen=True)
-class Quant:
-    kind: str
-    double: bool = True
-    compute_dtype: str | None = None  # None: the dtype of the layer's input
-    skip: list[str] = field(default_factory=lambda: ["lm_head"])
-
-
-@dataclass(frozen=True)
-class Adapter:
-    target: str  # the YAML's ``_target_``: the dotted path of an Adapter class
-    targets: str | list[str] | dict[str, dict[str, Any]]
-    options: dict[str, Any]  # every other key: the constructor's
-    exclude: list[str] = field(default_factory=list)  # patterns of sites that stay as they are
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Column names; None where the file has no such column."""
-
-    instruction: str | None = "instruction"
-    input: str | None = "input"
-    response: str | None = "response"
-    text: str | None = "text"
-
-
-@dataclass(frozen=True)
-class Data:
-    kind: str
-    eval_fraction: float
-    template: str
-    max_length: int  # tokens
-    limit: int | None
-    seed: int
-    train_on: str
-    on_empty: str
-    on_malformed: str = "error"
-    path: str | None = None
-    eval_path: str | None = None
-    fields: Fields = field(default_factory=Fields)
-
-
-@dataclass(frozen=True)
-class Optim:
-    target: str  # the YAML's ``_target_``: the dotted path of an Optimizer class
-    lr: float
-    weight_decay: float
-    groups: list[dict[str, Any]]  # ordered rules {match, lr? or lr_ratio?, weight_decay?}
-    options: dict[str, Any]  # every other key: the constructor's
-
-
-@dataclass(frozen=True)
-class Schedule:
-    kind: str
-    warmup: float  # optimizer steps, or below 1 a fraction of all
-    options: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Loop:
-    steps: int | None
-    epochs: float | None
-    micro_batch: int | None  # examples
-    micro_batch_tokens: int | None
-    accumulate: int
-    max_grad_norm: float
-    precision: str
-    device: str
-    seed: int
-    gradient_checkpointing: bool
-    fast: bool = True
-    max_seconds: float | None = None
-    on_nonfinite: str = "stop"
-    max_skipped: int = 10  # batches in a row
-    trace_nonfinite: bool = False
-    average: float | None = None  # decay of the weights' running average
-    patience: int | None = None  # evaluations without a better held-out loss
-
-
-@dataclass(frozen=True)
-class Generate:
-    limit: int  # examples; 0: none
-    batch: int
-    max_new_tokens: int
-    do_sample: bool
-    temperature: float
-    top_p: float
-    num_return_sequences: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Eval:
-    before: bool
-    every: int  # optimizer steps; 0: at the end only
-    limit: int | None
-    generate: Generate
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    every: int  # optimizer steps; 0: none
-    keep: int
-    resume: bool
-    allow: list[str]
-    background: bool = False
-
-
-@dataclass(frozen=True)
-class Track:
-    kind: str
-    project: str = "lowrank"
-    name: str | None = None
-
-
-@dataclass(frozen=True)
-class Config:
-    model: Model
-    quant: Quant
-    adapter: Adapter
-    data: Data
-    optim: Optim
-    schedule: Schedule
-    loop: Loop
-    eval: Eval
-    checkpoint: Checkpoint
-    track: Track
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values in the YAML's shape; ``parse`` of it is this configuration again."""
-        tree = asdict(self)
-        for name in OPEN:
-            group = tree[name]
-            options = group.pop("options")
-            tree[name] = {"_target_": group.pop("target"), **group, **options}
-        return tree
-
-    def to_yaml(self) -> str:
-        """A run directory's config.yaml, without the secrets that an interpolation has put there."""
-        return OmegaConf.to_yaml(OmegaConf.create(redacted_tree(self.to_dict())))
-
-
-GROUPS: dict[str, type] = get_type_hints(Config)
-NESTED: dict[str, type] = {"data.fields": Fields, "eval.generate": Generate}
-OPEN = ("adapter", "optim")  # groups whose further keys are options of the class that `_target_` names
-FREE = ("schedule.options", "adapter.targets")  # mappings with keys of the user's own
 
 
 def parse(node: DictConfig | Mapping[str, Any]) -> Config:
@@ -210,6 +55,11 @@ def load(path: Path) -> Config:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RefusedError(f"{path}: cannot be read: {' '.join(str(error).split())}.") from error
     return parse(node)
+
+
+def to_yaml(config: Config) -> str:
+    """A run directory's config.yaml, without secrets."""
+    return OmegaConf.to_yaml(OmegaConf.create(redacted_tree(config.to_dict())))
 
 
 def plain(node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:

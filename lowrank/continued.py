@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lowrank import compose, identity, run, source
-from lowrank.config import Config, Data, Model
 from lowrank.errors import ConfigError
+from lowrank.schema import Config, Data, Model
 
 Group = TypeVar("Group", Data, Model)
 

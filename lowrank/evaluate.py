@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lowrank import config as schema
+from lowrank import schema
 from lowrank.data.chat import Example
 from lowrank.data.pack import Batch
 from lowrank.directory import write_json

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from lowrank import classes, directory, source
 from lowrank.adapters.plan import InjectionPlan, resolve
 from lowrank.assemble import Data, Loaded, Parts
-from lowrank.config import Config
 from lowrank.models import load as models
+from lowrank.schema import Config
 from lowrank.secrets import redacted_tree
 from lowrank.train.precision import DTYPES
 

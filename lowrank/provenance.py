@@ -13,9 +13,9 @@ from typing import Any
 
 from lowrank import directory, source
 from lowrank.assemble import Parts
-from lowrank.config import Config
 from lowrank.disk import write_text
 from lowrank.identity import differences, named_classes
+from lowrank.schema import Config
 from lowrank.train.checkpoint import Saved
 
 

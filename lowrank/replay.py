@@ -10,12 +10,12 @@ from typing import Any
 
 from lowrank import directory
 from lowrank import run as runs
-from lowrank.config import Config, Track
 from lowrank.continued import configuration
 from lowrank.directory import Log
 from lowrank.errors import NumericsError, RefusedError
 from lowrank.identity import LENGTH, differences, recorded
 from lowrank.manifest import newest
+from lowrank.schema import Config, Track
 from lowrank.session import Session
 from lowrank.train.checkpoint import read_state
 from lowrank.train.digests import FIRST, unequal

@@ -12,10 +12,10 @@ from lowrank.adapters.base import Adapter
 from lowrank.adapters.inject import adapter_state, apply
 from lowrank.adapters.plan import InjectionPlan, resolve
 from lowrank.assemble import Parts
-from lowrank.config import Config
 from lowrank.directory import Log
 from lowrank.errors import ConfigError, LowrankError, RefusedError, did_you_mean
 from lowrank.identity import LENGTH, STEPS, differences, names, recorded, within
+from lowrank.schema import Config
 from lowrank.train import checkpoint
 from lowrank.train.metrics import refuse_changed
 from lowrank.train.schedule import schedule

@@ -19,12 +19,12 @@ from lowrank.adapters.expected import expected
 from lowrank.adapters.inject import apply
 from lowrank.adapters.plan import InjectionPlan
 from lowrank.assemble import Data, Loaded, Parts
-from lowrank.config import Config
 from lowrank.config import load as load_config
 from lowrank.data.chat import Example
 from lowrank.directory import Log
 from lowrank.errors import ConfigError, DataError, RefusedError
 from lowrank.models.fingerprint import base_id, fingerprint
+from lowrank.schema import Config
 from lowrank.session import Session
 from lowrank.train import checkpoint
 from lowrank.train.metrics import read as read_metrics

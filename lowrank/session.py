@@ -14,6 +14,7 @@ from lowrank.adapters.inject import named_trainable
 from lowrank.adapters.sites import adapted, called
 from lowrank.assemble import Data, Loaded, Parts
 from lowrank.attach import attach, optimizer
+from lowrank.config import to_yaml
 from lowrank.directory import Log
 from lowrank.disk import write_text
 from lowrank.errors import Interrupted, NumericsError
@@ -156,7 +157,7 @@ class Session:
     def begin(self, before: Evaluation | None) -> None:
         """The directory's first files, or a checkpoint's state put back."""
         self.log.open(self.folder)
-        write_text(self.folder / directory.CONFIG, provenance.of_run(self.config).to_yaml())
+        write_text(self.folder / directory.CONFIG, to_yaml(provenance.of_run(self.config)))
         provenance.write(self.folder, self.identity, self.parts, self.command, self.saved)
         write_text(self.folder / directory.PLAN, f"{self.parts.plan}\n")
         directory.write_json(self.folder / directory.PLAN_JSON, self.parts.plan.to_dict())

@@ -11,9 +11,9 @@ from typing import Any
 
 from lowrank import directory
 from lowrank.adapters.inject import hooks
-from lowrank.config import Config
 from lowrank.directory import Log
 from lowrank.evaluate import Evaluation, Evaluator, PeriodicEvaluation
+from lowrank.schema import Config
 from lowrank.state import Moving
 from lowrank.track import tracker
 from lowrank.train import background

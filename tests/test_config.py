@@ -16,6 +16,7 @@ from lowrank.adapters import Adapter
 from lowrank.compose import compose, find_conf
 from lowrank.errors import ConfigError, RefusedError
 from lowrank.rules import RULES
+from lowrank.schema import GROUPS
 
 CHOICES = [
     *("model=smollm2", "model=tiny_llama", "model=tiny_gpt2", "quant=nf4", "adapter=full"),
@@ -275,7 +276,7 @@ def test_every_field_has_a_rule_and_every_rule_a_field() -> None:
         return found
 
     options = {"adapter.options", "optim.options"}
-    schema = {path for name, cls in config.GROUPS.items() for path in paths(cls, name)} - options
+    schema = {path for name, cls in GROUPS.items() for path in paths(cls, name)} - options
     extra = {"optim.betas", "optim.eps", "optim.momentum", *(p for p in RULES if p.startswith("optim.groups."))}
     assert schema == set(RULES) - extra
 

@@ -14,11 +14,11 @@ from commands import SMALL, write_rows
 from transformers import LlamaForCausalLM
 
 import lowrank
-from lowrank.config import Eval, Generate
 from lowrank.data.chat import Example
 from lowrank.data.pack import pack
 from lowrank.evaluate import Evaluation, Evaluator
 from lowrank.models.tiny import byte_tokenizer, tiny_llama
+from lowrank.schema import Eval, Generate
 from lowrank.train.loss import target_loss
 
 TOKENIZER = byte_tokenizer(adds_bos=False)

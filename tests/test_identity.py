@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 import lowrank
 from lowrank import identity, source
 from lowrank.adapters import LoRA
-from lowrank.config import Model
 from lowrank.identity import differences, names, recorded, tokenizer_hash, within
 from lowrank.models import load, tiny
+from lowrank.schema import Model
 
 BRIEF = (*SMALL, "model=tiny_llama", "loop.steps=2", "eval.before=false", "eval.generate.limit=0", "checkpoint.every=1")
 RESUME = "checkpoint.resume=true"

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Ground: seen by all, sees itself alone. Layers: do not see one another. Uses: read what layers make.
 GROUND = ("errors", "keys", "quant", "secrets", "foreign")
 LAYERS = ("adapters", "models", "config", "data", "train", "eval")
-SCHEMA = ("rules", "classes")  # what config.py is made of
+SCHEMA = ("rules", "classes", "schema")  # what config.py is made of
 USES = ("export", "inspect", "report", "track", "fast")
 # Of the composition.
 PARTS = ("assemble", "attach", "evaluate", "identity", "directory", "outcome", "resuming", "session", "state")
@@ -34,12 +34,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "train": ("errors", "keys", "disk", "manifest"),
     "eval": ("errors", "keys"),
     "config": ("errors", "secrets", *SCHEMA),
+    "schema": (),
     "rules": ("errors",),
     "classes": ("errors", "rules"),
     "export": (*GROUND, "disk", "adapters", "models", "data", "eval", "config"),
     "report": (*GROUND, "disk", "adapters", "models", "data", "eval", "config"),
     "inspect": (*GROUND, "adapters", "models", "data", "eval", "config"),
-    "track": ("errors", "secrets", "config", "train"),
+    "track": ("errors", "secrets", "schema", "train"),
     "fast": (*GROUND, "adapters", "models"),
     "assemble": ANYWHERE,
     "evaluate": ANYWHERE,

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import lowrank
 from lowrank import cli, compose, source
-from lowrank.config import Config
 from lowrank.run import train
+from lowrank.schema import Config
 
 OWN = "from lowrank.adapters import LoRA\nclass Own(LoRA):\n    '''LoRA.'''\n"
 BRIEF = ("model=tiny_llama", "checkpoint.every=2", "eval.before=false", "eval.generate.limit=0", "loop.steps=4")

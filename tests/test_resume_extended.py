@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import lowrank
 from lowrank import compose, run
-from lowrank.config import Config
 from lowrank.errors import ConfigError, RefusedError
+from lowrank.schema import Config
 from lowrank.train import checkpoint
 
 RESUME = "checkpoint.resume=true"

@@ -16,10 +16,10 @@ import torch
 from commands import SMALL, write_rows
 
 from lowrank import compose, run
-from lowrank.config import Config
 from lowrank.errors import ConfigError, LowrankError, RefusedError
 from lowrank.models import tiny
 from lowrank.run import Run
+from lowrank.schema import Config
 from lowrank.train import checkpoint
 
 OWN = """

@@ -12,7 +12,7 @@ from benchmarks.ordeals.arm import EVERY, STEPS, Place
 
 # imported here, once, so that children need not; nothing of it runs a torch operation
 from lowrank import compose, manifest, outcome, run, session
-from lowrank.config import Config
+from lowrank.schema import Config
 from lowrank.train.checkpoint import Checkpoints
 from lowrank.train.stopping import Stopping
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from lowrank.config import Track
 from lowrank.errors import ConfigError
+from lowrank.schema import Track
 from lowrank.secrets import redacted, redacted_tree
 from lowrank.train.hooks import Hook, StepRecord
 

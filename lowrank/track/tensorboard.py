@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from lowrank.config import Track
+from lowrank.schema import Track
 
 
 class TensorBoard:

@@ -8,7 +8,7 @@ from typing import Any
 
 import wandb
 
-from lowrank.config import Track
+from lowrank.schema import Track
 
 
 class WeightsAndBiases:

@@ -8,8 +8,8 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lowrank.config import Track
 from lowrank.errors import ConfigError
+from lowrank.schema import Track
 from lowrank.track import tracker
 from lowrank.train.hooks import Hook, StepRecord
 
