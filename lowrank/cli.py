@@ -55,12 +55,7 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument("run", type=Path, help="a run directory")
         return made
 
-    look = add("inspect", inspect, "look at data, a plan, or what an adapter has learnt", run=False)
-    look.add_argument("what", choices=["data", "plan", "adapter"])
-    look.add_argument("overrides", nargs="*", help="as for train.py: data=jsonl data.path=FILE …; or run directories")
-    look.add_argument("--limit", type=int, default=5, help="rows of data to show (5)")
-    look.add_argument("--json", action="store_true", help="adapter: JSON instead of a table")
-
+    looking(add("inspect", inspect, "look at data, a plan, or what an adapter has learnt", run=False))
     one = add("generate", generate, "print the tuned model's text for a prompt")
     one.add_argument("prompt", help="the instruction, in the run's own template; - reads it from standard input")
     one.add_argument("--input", default="", help="the template's input block")
@@ -84,6 +79,15 @@ def parser() -> argparse.ArgumentParser:
     test.add_argument("adapter", help="my_package.my_module:MyAdapter")
     test.add_argument("overrides", nargs="*", metavar="OPTION=VALUE", help="options of its constructor")
     return top
+
+
+def looking(command: argparse.ArgumentParser) -> None:
+    command.add_argument("what", choices=["data", "plan", "adapter"])
+    command.add_argument(
+        "overrides", nargs="*", help="as for train.py: data=jsonl data.path=FILE …; or run directories"
+    )
+    command.add_argument("--limit", type=int, default=5, help="rows of data to show (5)")
+    command.add_argument("--json", action="store_true", help="adapter: JSON instead of a table")
 
 
 def merging(command: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from lowrank import directory
 from lowrank.adapters.inject import hooks
 from lowrank.directory import Log
 from lowrank.evaluate import Evaluation, Evaluator, PeriodicEvaluation
-from lowrank.schema import Config
+from lowrank.schema import Checkpoint, Config
 from lowrank.state import Moving
 from lowrank.track import tracker
 from lowrank.train import background
@@ -65,18 +65,21 @@ class Watching:
             last=last,
             ended=lambda step: self.early.stopped == step,
         )
-        self.checkpoints = Checkpoints(
-            folder / directory.CHECKPOINTS,
-            self.snapshot,
-            every=config.checkpoint.every,
-            keep=config.checkpoint.keep,
-            last=last,
-            trained=loop.parameters,
-            beside=(self.metrics.path, self.digests.path),
-            writer=background.Background() if config.checkpoint.background else background.Foreground(),
-        )
+        self.checkpoints = self.saving(folder / directory.CHECKPOINTS, config.checkpoint)
         self.progress: ProgressLine | None = None
         self.deadline = Deadline(loop, config.loop.max_seconds)
+
+    def saving(self, folder: Path, settings: Checkpoint) -> Checkpoints:
+        return Checkpoints(
+            folder,
+            self.snapshot,
+            every=settings.every,
+            keep=settings.keep,
+            last=self.last,
+            trained=self.loop.parameters,
+            beside=(self.metrics.path, self.digests.path),
+            writer=background.Background() if settings.background else background.Foreground(),
+        )
 
     def begin(self, saved: Saved | None, before: Evaluation | None) -> None:
         """From a checkpoint's state, or at step 1; ``before`` is the untouched base's evaluation."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks.ordeals import changes, forks
-from benchmarks.ordeals.arm import Arm, Row, differing, spaced
+from benchmarks.ordeals import changes, forks, peer_drift
+from benchmarks.ordeals.arm import Row, differing, spaced
 from benchmarks.ordeals.changes import Change
 from benchmarks.ordeals.ground import Ground
 from benchmarks.ordeals.ours import Ours
@@ -62,14 +62,10 @@ def rows(ground: Ground, most: int | None = None) -> Iterator[Row]:
     made_from = prepared(ground)
     first = Importing(of(ground.ours, made_from), made_from)
     stopped = ground.stopped(first, "drifting")
-    refuse_unsound(first, ground.copy(stopped, "nothing-changed"))
+    ground.goes_on(first, stopped)
     wanted = spaced(drifts(), most)
     ours = ground.judged(wanted, partial(judge, ground, stopped, made_from))
-    peer = None
-    if ground.peer is not None:
-        from benchmarks.ordeals import peer_drift
-
-        peer = peer_drift.figure(ground, made_from, most)
+    peer = peer_drift.figure(ground, made_from, most) if ground.peer is not None else None
     yield Row("what a run depends on changed: the resume is refused, naming it", ours, peer)
 
 
@@ -133,10 +129,3 @@ def tree(folder: Path) -> dict[str, str]:
     """The hash of every file but logs."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in LOGS]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
-def refuse_unsound(arm: Arm, folder: Path) -> None:
-    """Where nothing has changed the run goes on: without that a refusal would mean nothing."""
-    ended = forks.child(partial(arm.again, folder))
-    if ended.code:
-        raise SystemExit(f"{arm.name}: nothing has changed, and yet it does not go on:\n{ended.output}")

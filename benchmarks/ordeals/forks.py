@@ -44,6 +44,13 @@ def child(act: Callable[[], Any], seconds: float = SECONDS) -> Ended:
         return Ended(code, output.read().decode(errors="replace"))
 
 
+def control(act: Callable[[], Any], otherwise: str) -> None:
+    """Runs what must end well for a figure to mean anything. Raises SystemExit, with its output, where it does not."""
+    ended = child(act)
+    if ended.code:
+        raise SystemExit(f"{otherwise}:\n{ended.output}")
+
+
 def fork(act: Callable[[], Any], output: int) -> int:
     """The number of a new process that does ``act`` and ends as a program that did would."""
     sys.stdout.flush()

@@ -40,9 +40,7 @@ class Ground:
         """A run that nothing disturbs, made when first asked for."""
         folder = self.folder / f"{name}-{arm.name.partition(' ')[0]}"
         if not folder.is_dir():
-            ended = forks.child(lambda: arm.program(folder))
-            if ended.code:
-                raise SystemExit(f"{arm.name}: a run that nothing disturbs fails:\n{ended.output}")
+            forks.control(lambda: arm.program(folder), f"{arm.name}: a run that nothing disturbs fails")
         return folder
 
     def stopped(self, arm: Arm, name: str = "stopped") -> Path:
@@ -53,6 +51,11 @@ class Ground:
             if ended.code != -signal.SIGKILL:
                 raise SystemExit(f"{arm.name}: a run that was to be killed was not:\n{ended.output}")
         return folder
+
+    def goes_on(self, arm: Arm, stopped: Path) -> None:
+        """Where nothing has changed: without that a refusal would mean nothing."""
+        folder = self.copy(stopped, f"{arm.name[:4]} nothing changed")
+        forks.control(lambda: arm.again(folder), f"{arm.name}: nothing has changed, and yet it does not go on")
 
     def copy(self, folder: Path, name: str) -> Path:
         return shutil.copytree(folder, self.place(name), symlinks=True)

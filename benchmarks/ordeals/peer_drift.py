@@ -11,7 +11,6 @@ from typing import Any
 from benchmarks.ordeals import changes, forks
 from benchmarks.ordeals.arm import Figure, spaced
 from benchmarks.ordeals.changes import Change
-from benchmarks.ordeals.drift import refuse_unsound
 from benchmarks.ordeals.ground import Ground
 
 ARGUMENTS: tuple[dict[str, Any], ...] = (
@@ -34,7 +33,7 @@ def figure(ground: Ground, made_from: Path, most: int | None) -> Figure:
     points: list[Point] = [*(("arguments", a) for a in ARGUMENTS), *(("lora", a) for a in LORA)]
     points += [("max_length", 8), *(("outside", changes.NAMES[change]) for change in OUTSIDE)]
     stopped = ground.stopped(ground.peer)
-    refuse_unsound(ground.peer, ground.copy(stopped, "peer-nothing-changed"))
+    ground.goes_on(ground.peer, stopped)
     return ground.judged(spaced(points, most), partial(judge, ground, made_from))
 
 
