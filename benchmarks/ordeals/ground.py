@@ -62,7 +62,7 @@ class Ground:
 
     def place(self, name: str) -> Path:
         """The folder of one point, which ``name`` tells from the others."""
-        folder = self.folder / "points" / re.sub(r"[^\w.]+", "-", name)
+        folder = self.folder / "points" / re.sub(r"[^\w.-]+", "-", name)
         folder.parent.mkdir(exist_ok=True)
         if folder.exists():
             shutil.rmtree(folder)
