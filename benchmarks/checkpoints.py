@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from lowrank import compose
-from lowrank.directory import Log
+from lowrank.record.directory import Log
 from lowrank.run import assembled
-from lowrank.session import Session
+from lowrank.session.session import Session
 from lowrank.train.background import Background, Foreground
 from lowrank.train.checkpoint import Checkpoints
 from lowrank.train.hooks import Hook

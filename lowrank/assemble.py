@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lowrank import classes, schema
@@ -27,7 +27,8 @@ from lowrank.data.pack import Batch, Document, pack, pad
 from lowrank.errors import ConfigError, OutOfMemory
 from lowrank.eval.generate import room, taken
 from lowrank.evaluate import Evaluator
-from lowrank.fast import linear, swiglu
+from lowrank.fast import linear
+from lowrank.fast.loss import chunked
 from lowrank.models import attention
 from lowrank.models import load as models
 from lowrank.quant.convert import load_quantized, quantize, report
@@ -189,7 +190,7 @@ class Loaded:
 
     model: Any  # a transformers causal LM
     collate: Callable[[Sequence[Document]], Batch]
-    fast: str  # what runs on faster kernels: part of a run's identity
+    fast: str  # what products run on: part of a run's identity
     notes: tuple[str, ...]
 
     @property
@@ -202,7 +203,7 @@ def load(parts: Parts) -> Loaded:
     config = parts.config
     model: Any = base(config, parts.dtype).to(parts.device).requires_grad_(False)
     notes = [str(report(model))] if config.quant.kind == "nf4" else []
-    fast = fast_path(model, parts)
+    fast = linear.fuse(model) if config.loop.fast else "off"
     plain = model.config._attn_implementation
     why_not = attention.install(model) or attention.cannot_pack(model)
     if why_not:
@@ -212,17 +213,7 @@ def load(parts: Parts) -> Loaded:
         # transformers 5.2x renames it; the first argument is torch.utils.checkpoint's in both
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return Loaded(model, pad if why_not else pack, fast, (fast, *notes))
-
-
-def fast_path(model: nn.Module, parts: Parts) -> str:
-    """Takes what can be taken; returns what that is and what not, in a line."""
-    if not parts.config.loop.fast:
-        return "fast path: off (loop.fast=false)"
-    blocks = f"{swiglu.fuse(model)} SwiGLU blocks"
-    if any(names_parameter(row) for row in parts.plan.rows):
-        return f"fast path: {blocks}, linear layers plain (the base's own weights train)"
-    return f"fast path: {blocks}, {linear.fuse(model)}"
+    return Loaded(model, pad if why_not else pack, fast, tuple(notes))
 
 
 def base(config: Config, dtype: torch.dtype) -> nn.Module:
@@ -265,6 +256,11 @@ def batches(config: Config, data: Data, collate: Callable[[Sequence[Document]], 
     )
 
 
+def loss(config: Config) -> Callable[[nn.Module, Any], Tensor]:
+    """Summed over a batch's target tokens."""
+    return chunked(target_loss) if config.loop.fast else target_loss
+
+
 def evaluator(config: Config, parts: Parts, data: Data, loaded: Loaded) -> Evaluator:
     """``config`` may differ from the parts' own in what is evaluated."""
     return Evaluator(
@@ -272,7 +268,7 @@ def evaluator(config: Config, parts: Parts, data: Data, loaded: Loaded) -> Evalu
         data.eval,
         config.eval,
         collate=loaded.collate,
-        loss=target_loss,
+        loss=loss(config),
         autocast=precisions.Precision(parts.precision, parts.device).autocast,
         stop=chat.ending(parts.tokenizer, config.data.template)[-1:],
         seed=config.data.seed,

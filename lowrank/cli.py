@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank import compose
+from lowrank.commands.talk import chat, generate, opened
 from lowrank.errors import ConfigError, RefusedError
-from lowrank.talk import chat, generate, opened
 
 EXAMPLES = """examples:
   lowrank inspect data data=jsonl data.path=my.jsonl      rows as the model reads them, targets marked
@@ -167,7 +167,7 @@ def evaluate(arguments: Any) -> None:
     import json
 
     from lowrank import assemble
-    from lowrank.directory import finite
+    from lowrank.record.directory import finite
 
     run = opened(arguments)
     config = compose.changed(run.config, arguments.overrides, allowed=("data", "eval"))
@@ -229,7 +229,7 @@ def resume(arguments: Any) -> None:
         Stopping().installed() as stopping,
         stopping.held(),
     ):  # a run heeds signals; modules that import would swallow one
-        from lowrank.continued import resume as go_on
+        from lowrank.commands.continued import resume as go_on
         from lowrank.report import terminal
 
         done = go_on(arguments.run, arguments.overrides, stopping)
@@ -237,7 +237,7 @@ def resume(arguments: Any) -> None:
 
 
 def verify(arguments: Any) -> None:
-    from lowrank.verify import verify as verified
+    from lowrank.record.verify import verify as verified
 
     damaged: list[str] = []
     for found in verified(arguments.run):
@@ -248,7 +248,7 @@ def verify(arguments: Any) -> None:
 
 
 def replay(arguments: Any) -> None:
-    from lowrank.replay import replay as replayed
+    from lowrank.commands.replay import replay as replayed
 
     if arguments.steps < 1:
         raise ConfigError(f"--steps: {arguments.steps} is not allowed; a positive integer.")

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from lowrank import schema
 from lowrank.data.chat import Example
 from lowrank.data.pack import Batch
-from lowrank.directory import write_json
 from lowrank.eval.generate import check_room, generate
 from lowrank.eval.heldout import held_out
 from lowrank.eval.scores import rouge_l, scores
 from lowrank.eval.stats import bootstrap
 from lowrank.keys import key
+from lowrank.record.directory import write_json
 from lowrank.train.hooks import Hook, StepRecord
 from lowrank.train.metrics import Metrics
 

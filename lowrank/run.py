@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lowrank import assemble, directory, lock, manifest, resuming
+from lowrank import assemble, manifest
 from lowrank.adapters import store
 from lowrank.adapters.expected import expected
 from lowrank.adapters.inject import apply
@@ -21,11 +21,13 @@ from lowrank.adapters.plan import InjectionPlan
 from lowrank.assemble import Data, Loaded, Parts
 from lowrank.config import load as load_config
 from lowrank.data.chat import Example
-from lowrank.directory import Log
 from lowrank.errors import ConfigError, DataError, RefusedError
 from lowrank.models.fingerprint import base_id, fingerprint
+from lowrank.record import directory, lock
+from lowrank.record.directory import Log
 from lowrank.schema import Config
-from lowrank.session import Session
+from lowrank.session import resuming
+from lowrank.session.session import Session
 from lowrank.train import checkpoint
 from lowrank.train.metrics import read as read_metrics
 from lowrank.train.stopping import Stopping

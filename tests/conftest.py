@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import write_rows
+from cli import write_rows
 from torch import nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 

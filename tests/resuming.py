@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT, SMALL, environment
+from cli import ROOT, SMALL, environment
 from safetensors.torch import load_file
 from torch import Tensor, nn, uint8
 from torch.nn.modules.module import register_module_forward_pre_hook

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import SMALL, lowrank, train, write_rows
+from cli import SMALL, lowrank, train, write_rows
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT, SMALL, train, write_rows
+from cli import ROOT, SMALL, train, write_rows
 from omegaconf import OmegaConf
 
 import lowrank

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sacrebleu
 import torch
-from commands import SMALL, write_rows
+from cli import SMALL, write_rows
 from transformers import LlamaForCausalLM
 
 import lowrank

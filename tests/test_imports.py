@@ -15,9 +15,8 @@ LAYERS = ("adapters", "models", "config", "data", "train", "eval")
 SCHEMA = ("rules", "classes", "schema")  # what config.py is made of
 USES = ("export", "inspect", "report", "track", "fast")
 # Of the composition.
-PARTS = ("assemble", "attach", "evaluate", "identity", "directory", "outcome", "resuming", "session", "state")
-PARTS = (*PARTS, "watching", "lock", "source", "provenance")
-ROOTS = ("run", "replay", "cli", "compose")
+PARTS = ("assemble", "evaluate", "record", "session")
+ROOTS = ("run", "commands", "cli", "compose")
 ANYWHERE = (*GROUND, "disk", "manifest", *LAYERS, *SCHEMA, *USES, *PARTS)
 
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -44,25 +43,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "fast": (*GROUND, "adapters", "models"),
     "assemble": ANYWHERE,
     "evaluate": ANYWHERE,
-    "identity": ANYWHERE,
-    "directory": ANYWHERE,
-    "outcome": ANYWHERE,
-    "resuming": ANYWHERE,
+    "record": ("errors", "secrets", "foreign", "disk", "manifest", "models"),
     "session": ANYWHERE,
-    "lock": ("errors",),
-    "source": ("disk", "models"),
-    "provenance": ANYWHERE,
-    "verify": ("errors", "disk", "manifest", "directory"),
-    "continued": (*ANYWHERE, "compose", "run"),
-    "talk": (*ANYWHERE, "compose", "run"),
-    "state": ANYWHERE,
-    "watching": ANYWHERE,
-    "attach": ANYWHERE,
     "compose": ("errors", "secrets", "config", *SCHEMA),
     "run": (*ANYWHERE, "compose"),
     "testing": ANYWHERE,
-    "replay": (*ANYWHERE, "continued", "run"),
-    "cli": (*ANYWHERE, "compose", "run", "replay", "verify", "continued", "talk", "testing"),
+    "commands": (*ANYWHERE, "compose", "run"),
+    "cli": (*ANYWHERE, "compose", "run", "commands", "testing"),
 }
 
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import SMALL, lowrank, write_rows
+from cli import SMALL, lowrank, write_rows
 
 import lowrank as api
 from lowrank import cli

@@ -221,7 +221,7 @@ def test_every_fault_is_told_and_no_control_character_with_it(tmp_path: Path) ->
 
 
 def test_verifying_imports_no_torch() -> None:
-    code = "import sys, lowrank.manifest, lowrank.verify; print([m for m in ('torch', 'numpy', 'transformers') "
+    code = "import sys, lowrank.manifest, lowrank.record.verify; print([m for m in ('torch', 'numpy', 'transformers') "
     found = subprocess.run([sys.executable, "-c", f"{code}if m in sys.modules])"], capture_output=True, text=True)
     assert found.stdout == "[]\n", found.stderr
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import ROOT, SMALL, environment, run
+from cli import ROOT, SMALL, environment, run
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import SMALL, write_rows
+from cli import SMALL, write_rows
 from transformers import AutoModelForCausalLM
 
 import lowrank

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import SMALL, train, write_rows
+from cli import SMALL, train, write_rows
 
 from lowrank import assemble
 from lowrank.adapters.plan import InjectionPlan

@@ -29,7 +29,7 @@ from benchmarks.ordeals.parts import checkpoints
 from lowrank import config, manifest
 from lowrank.data import sources
 from lowrank.errors import LowrankError
-from lowrank.verify import verify
+from lowrank.record.verify import verify
 
 CHUNK = 500
 MOST = 12 << 30  # bytes of address space: what a header claims must not be believed

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.ordeals import forks
 from benchmarks.ordeals.arm import Arm, Row, spaced
 from benchmarks.ordeals.ground import Ground
-from lowrank import session
+from lowrank.session import session
 
 ACCUMULATE = 2
 NAN, INF = math.nan, math.inf

@@ -11,8 +11,9 @@ from pathlib import Path
 from benchmarks.ordeals.arm import EVERY, STEPS, Place
 
 # imported here, once, so that children need not; nothing of it runs a torch operation
-from lowrank import compose, manifest, outcome, run, session
+from lowrank import compose, manifest, run
 from lowrank.schema import Config
+from lowrank.session import outcome, session
 from lowrank.train.checkpoint import Checkpoints
 from lowrank.train.stopping import Stopping
 

@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks.ordeals import forks
 from benchmarks.ordeals.arm import Row
 from benchmarks.ordeals.ground import Ground
-from lowrank import lock
 from lowrank.errors import RefusedError
+from lowrank.record import lock
 
 
 def rows(ground: Ground, processes: int, rounds: int) -> Iterator[Row]:

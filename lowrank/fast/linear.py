@@ -7,6 +7,7 @@ its class, parameters and names: ``fuse`` sets ``forward`` on the instance, ``un
 
 from __future__ import annotations
 
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -33,6 +34,7 @@ def unfuse(model: nn.Module) -> None:
         vars(module).pop("forward", None)
 
 
+@cache
 def cannot() -> str | None:
     """Why oneDNN would not be the better choice here, or None: by capability, never by a stopwatch."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -88,6 +90,16 @@ class FrozenLinear(torch.autograd.Function):
         return grad_x.view(*grad.shape[:-1], weight.shape[1]), None
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(rows, in) by (out, in) → (rows, out), by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b + added, (rows, in) by (out, in) → (rows, out), a new tensor: by oneDNN where that pays."""
+    if through_onednn(x, weight):
+        if added is not None and added.dtype == x.dtype:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, added, weight, bias, "add")
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    else:
+        y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y if added is None else added + y
+
+
+def through_onednn(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and cannot() is None

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from banks import furthest, logits, trained
-from commands import lowrank
+from cli import lowrank
 from safetensors.torch import load_file, save_file
 from sums import same_files, saved
 from torch import Tensor

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from lowrank.adapters import IA3, OFT, AdaLoRA, Adapter, BitFit, Bottleneck, DoRA, LoHa, LoKr, LoRA, Prefix, VeRA
 from lowrank.adapters.base import dense_weight
 from lowrank.adapters.sites import adapted
-from lowrank.directory import Log
 from lowrank.errors import ConfigError, RefusedError
 from lowrank.export.peft import export_peft, import_peft
-from lowrank.outcome import save_adapter
 from lowrank.quant.convert import quantize
+from lowrank.record.directory import Log
+from lowrank.session.outcome import save_adapter
 
 pytestmark = QUIET
 

@@ -123,7 +123,7 @@ MUTANTS = (
     ),
     Mutant(
         "base: its evaluation is found again though other examples are measured",
-        "lowrank/session.py",
+        "lowrank/session/session.py",
         '            "eval": {**asdict(self.config.eval), "every": None, "before": None},\n',
         "",
         ("test_evaluate.py::test_the_base_is_evaluated_anew_where_what_is_measured_differs",),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-CHECKPOINT, STATE, MANIFEST = "lowrank/train/checkpoint.py", "lowrank/state.py", "lowrank/manifest.py"
+CHECKPOINT, STATE, MANIFEST = "lowrank/train/checkpoint.py", "lowrank/session/state.py", "lowrank/manifest.py"
 OPTIM = "lowrank/train/optim.py"
-DIED = "test_resume_exact.py::test_a_run_whose_process_died_ends_as_the_one_that_did_not"
+DIED = "session/test_resume_exact.py::test_a_run_whose_process_died_ends_as_the_one_that_did_not"
 
 MUTANTS = (
     Mutant(
@@ -144,24 +144,24 @@ MUTANTS = (
     ),
     Mutant(
         "identity: the schedule is no part of it",
-        "lowrank/identity.py",
+        "lowrank/session/identity.py",
         '    *("checkpoint", "eval", "track"),\n',
         '    *("checkpoint", "eval", "track", "schedule"),\n',
-        ("test_resume_refusals.py::test_what_changes_a_run_is_refused_by_name[schedule]",),
+        ("session/test_resume_refusals.py::test_what_changes_a_run_is_refused_by_name[schedule]",),
     ),
     Mutant(
         "identity: a tokenizer is known by its vocabulary",
-        "lowrank/identity.py",
+        "lowrank/session/identity.py",
         '            "rules": rules,\n',
         '            "rules": tokenizer.get_vocab(),\n',
-        ("test_identity.py::test_whatever_makes_other_token_ids_is_another_tokenizer",),
+        ("session/test_identity.py::test_whatever_makes_other_token_ids_is_another_tokenizer",),
     ),
     Mutant(
         "identity: a shorter run is not refused",
-        "lowrank/resuming.py",
+        "lowrank/session/resuming.py",
         "free = (STEPS,) if new[STEPS] < old.get(STEPS, 0) else LENGTH",
         "free = LENGTH",
-        ("test_resume_extended.py::test_shorter_is_drift_and_below_what_is_done_cannot_be",),
+        ("session/test_resume_extended.py::test_shorter_is_drift_and_below_what_is_done_cannot_be",),
     ),
     Mutant(
         "digests: a tensor is known by its first half",
@@ -179,10 +179,10 @@ MUTANTS = (
     ),
     Mutant(
         "resume: the last evaluation, which a signal broke off, is left out",
-        "lowrank/watching.py",
+        "lowrank/session/watching.py",
         "        if record is not None:\n            for hook",
         "        if record is not None and saved is None:\n            for hook",
-        ("test_signals.py::test_a_signal_in_training_or_evaluation_saves_the_step_and_the_resume_is_exact",),
+        ("session/test_signals.py::test_a_signal_in_training_or_evaluation_saves_the_step_and_the_resume_is_exact",),
     ),
     Mutant(
         "resume: a file that grows is cut without being held against its hash",
@@ -193,38 +193,38 @@ MUTANTS = (
     ),
     Mutant(
         "identity: the number of threads is left out",
-        "lowrank/identity.py",
+        "lowrank/session/identity.py",
         '"threads": torch.get_num_threads(),',
         '"threads": 1,',
-        ("test_resume_refusals.py::test_another_thread_count_is_refused",),
+        ("session/test_resume_refusals.py::test_another_thread_count_is_refused",),
     ),
     Mutant(
         "identity: the base is known by its name",
-        "lowrank/identity.py",
+        "lowrank/session/identity.py",
         '        "base": base,\n',
         '        "base": config.model.name,\n',
-        ("test_resume_refusals.py::test_a_model_that_was_edited_in_its_place_is_refused",),
+        ("session/test_resume_refusals.py::test_a_model_that_was_edited_in_its_place_is_refused",),
     ),
     Mutant(
         "verify: the final adapter is not read",
-        "lowrank/verify.py",
+        "lowrank/record/verify.py",
         "    if path.is_dir() or path.is_symlink():\n        return whole(path)\n",
         "    if path.is_dir() or path.is_symlink():\n        return Found(path.name)\n",
-        ("test_verify.py::test_every_file_with_a_hash_is_named_when_a_bit_of_it_flips",),
+        ("record/test_verify.py::test_every_file_with_a_hash_is_named_when_a_bit_of_it_flips",),
     ),
     Mutant(
         "replay: the tensors are not compared",
         "lowrank/train/digests.py",
         'if one["tensors"].get(n) != other["tensors"].get(n)), None)',
         'if other["tensors"].get(n) is None), None)',
-        ("test_replay.py::test_the_first_tensor_that_differs_is_named",),
+        ("commands/test_replay.py::test_the_first_tensor_that_differs_is_named",),
     ),
     Mutant(
         "lock: shared, so that two processes have it",
-        "lowrank/lock.py",
+        "lowrank/record/lock.py",
         "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)",
-        ("test_locks.py::test_this_process_owns_it_once",),
+        ("record/test_lock.py::test_this_process_owns_it_once",),
     ),
     Mutant(
         "secrets: hidden only as they are, not as JSON or a URL spells them",
@@ -249,9 +249,9 @@ MUTANTS = (
     ),
     Mutant(
         "average: the weights that are saved are the last ones",
-        "lowrank/session.py",
+        "lowrank/session/session.py",
         "            self.watching.average.take()",
         "            self.watching.average.state_dict()",
-        ("test_judged_run.py::test_the_average_is_what_is_saved_and_the_checkpoints_are_as_without_it",),
+        ("session/test_judged_run.py::test_the_average_is_what_is_saved_and_the_checkpoints_are_as_without_it",),
     ),
 )

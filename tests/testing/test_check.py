@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import commands
+import cli
 import pytest
 import torch
 
@@ -69,7 +69,7 @@ def module(mine: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def check(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return commands.run("-m", "lowrank.cli", "check", *arguments, cwd=cwd)
+    return cli.run("-m", "lowrank.cli", "check", *arguments, cwd=cwd)
 
 
 def line(text: str, start: str) -> str:

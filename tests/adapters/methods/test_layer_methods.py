@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import SMALL, write_rows
+from cli import SMALL, write_rows
 
 import lowrank
 from lowrank.adapters import store

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from backbone_models import PLAIN, K, alone, apart, cache_keyword, carrying, left_padded, site
-from commands import SMALL, write_rows
+from cli import SMALL, write_rows
 from documents import texts
 from peft import PrefixTuningConfig, get_peft_model
 from torch import nn

@@ -1,0 +1,37 @@
+"""Rotary position embedding (arXiv 2104.09864) that keeps nothing but the angles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Rotary(torch.autograd.Function):
+    """(x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin) of the two halves of every head, a rotation: its gradient turns
+    the other way. x (batch, heads, seq, width) may be a view; cos and sin (batch, seq, width), their halves equal.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turned(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return turned(grad, cos, -sin), None, None
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A new tensor of x's shape and strides."""
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None, :, :half].to(x.dtype), sin[:, None, :, :half].to(x.dtype)  # (batch, 1, seq, width / 2)
+    first, second = x[..., :half], x[..., half:]
+    y = torch.empty_like(x)
+    torch.mul(first, cos, out=y[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=y[..., half:]).addcmul_(first, sin)
+    return y

@@ -1,0 +1,136 @@
+"""All that watches and steers a run's loop, in the order in which it is called."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lowrank.adapters.inject import hooks
+from lowrank.evaluate import Evaluation, Evaluator, PeriodicEvaluation
+from lowrank.record import directory
+from lowrank.record.directory import Log
+from lowrank.schema import Checkpoint, Config
+from lowrank.session.state import Moving
+from lowrank.track import tracker
+from lowrank.train import background
+from lowrank.train.average import Average
+from lowrank.train.checkpoint import Checkpoints, Saved
+from lowrank.train.deadline import Deadline
+from lowrank.train.digests import Digests
+from lowrank.train.early import EarlyStop
+from lowrank.train.hooks import StepRecord
+from lowrank.train.loop import Loop
+from lowrank.train.metrics import MethodEvents, Metrics
+from lowrank.train.progress import ProgressLine
+from lowrank.train.stopping import Stopping
+
+
+class Watching:
+    """The hooks of one run, of ``last`` steps, and what a checkpoint holds of them; ``identity`` goes into each."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        config: Config,
+        evaluator: Evaluator,
+        folder: Path,
+        *,
+        last: int,
+        identity: dict[str, Any],
+        stopping: Stopping,
+        log: Log,
+    ) -> None:
+        self.loop, self.last, self.identity, self.stopping, self.log = loop, last, identity, stopping, log
+        self.metrics, self.methods = Metrics(folder / directory.METRICS), hooks(loop.model, last)
+        self.average = Average(loop.parameters, config.loop.average) if config.loop.average is not None else None
+        self.tracker = tracker(config.track, folder, config.to_dict())
+        self.evaluation = PeriodicEvaluation(
+            evaluator,
+            loop.model,
+            self.metrics,
+            self.tracker,
+            every=config.eval.every,
+            last=last,
+            evaluating=self.evaluating,
+        )
+        self.early = EarlyStop(self.evaluation.loss_at, config.loop.patience, loop)
+        self.digests = Digests(
+            folder / directory.DIGESTS,
+            loop.parameters,
+            every=config.checkpoint.every,
+            last=last,
+            ended=lambda step: self.early.stopped == step,
+        )
+        self.checkpoints = self.saving(folder / directory.CHECKPOINTS, config.checkpoint)
+        self.progress: ProgressLine | None = None
+        self.deadline = Deadline(loop, config.loop.max_seconds)
+
+    def saving(self, folder: Path, settings: Checkpoint) -> Checkpoints:
+        return Checkpoints(
+            folder,
+            self.snapshot,
+            every=settings.every,
+            keep=settings.keep,
+            last=self.last,
+            trained=self.loop.parameters,
+            beside=(self.metrics.path, self.digests.path),
+            writer=background.Background() if settings.background else background.Foreground(),
+        )
+
+    def begin(self, saved: Saved | None, before: Evaluation | None) -> None:
+        """From a checkpoint's state, or at step 1; ``before`` is the untouched base's evaluation."""
+        if saved is not None:
+            self.moving.put_back(saved)
+            self.checkpoints.restore(saved.state)
+        else:
+            self.metrics.cut(None)
+            self.digests.cut(None)
+            self.digests.begin()
+            if before is not None:
+                self.metrics.write({"event": "eval", "step": 0, **before.metrics})
+        self.progress = ProgressLine(self.loop.state.step, self.last, self.log.note)
+        steering = [*self.methods, *([self.average] if self.average else [])]  # the average is of what methods leave
+        judging = [MethodEvents(self.methods, self.metrics), self.evaluation, self.early, self.digests]
+        watching = [*([self.tracker] if self.tracker else []), self.progress, self.checkpoints, self.deadline]
+        self.loop.hooks = [self.metrics, *steering, *judging, *watching]
+
+    def catch_up(self, saved: Saved | None) -> None:
+        """What followed on the checkpoint's step when a signal broke its evaluation off: that, and the hooks after."""
+        record = saved.state["pending"] if saved else None
+        if record is not None:
+            for hook in self.loop.hooks[self.loop.hooks.index(self.evaluation) :]:
+                hook.after_step(StepRecord(**record))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the weights are those to be judged, and a signal is heeded at once."""
+        with self.average.used() if self.average else nullcontext(), self.stopping.at_once():
+            yield
+
+    @property
+    def moving(self) -> Moving:
+        states = {str(i): hook for i, hook in enumerate(self.methods)} | {"early": self.early}
+        averaged = {"average": self.average} if self.average else {}
+        return Moving(self.loop, states | averaged, {"metrics": self.metrics, "digests": self.digests})
+
+    def snapshot(self) -> Saved:
+        return self.moving.saved(
+            held_out_loss=self.evaluation.loss_at(self.loop.state.step),
+            pending=asdict(self.evaluation.pending) if self.evaluation.pending else None,
+            identity=self.identity,
+        )
+
+    def close(self) -> None:
+        failed = self.checkpoints.close()
+        if failed is not None:  # in the background, while the run ended with an error of its own
+            self.log.note("".join(traceback.format_exception(failed)))
+        self.metrics.close()
+        self.digests.close()
+        if self.progress is not None:
+            self.progress.close()
+        if self.tracker is not None:
+            self.tracker.close()
