@@ -19,14 +19,17 @@ from lowrank.adapters.base import LINEAR, dense_weight
 
 
 def fuse(model: nn.Module) -> str:
-    """Takes the linear-like layers (dense, Conv1D, NF4) where that pays; returns what it did, or why not."""
+    """Takes the linear-like layers (dense, Conv1D, NF4) where that pays; returns what it did, or why not. One whose
+    weight trains is taken where no gradient is wanted alone."""
     why_not = cannot()
     if why_not:
         return f"linear layers plain ({why_not})"
     layers = [m for m in model.modules() if type(m) in LINEAR]
     for layer in layers:
         layer.forward = MethodType(forward, layer)
-    return f"{len(layers)} linear layers through oneDNN"
+    training = sum(trains(layer) for layer in layers)
+    plain = f", {training} plain (they train)" if training else ""
+    return f"{len(layers) - training} linear layers through oneDNN{plain}"
 
 
 def unfuse(model: nn.Module) -> None:
@@ -56,13 +59,17 @@ def cpu() -> str:
 
 
 def forward(self: Any, x: Tensor) -> Tensor:
-    """In place of the layer's own: that one wherever its weight trains, or the numbers are not fp32 on a CPU."""
-    trains = any(p.requires_grad for p in self.parameters(recurse=False))
-    if trains or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    """In place of the layer's own: that one where its weight wants a gradient, or the numbers are not fp32 on a CPU."""
+    wanted = torch.is_grad_enabled() and trains(self)
+    if wanted or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return type(self).forward(self, x)
     if getattr(self, "compute_dtype", None) not in (None, torch.float32) or dense_dtype(self) != torch.float32:
         return type(self).forward(self, x)
     return FrozenLinear.apply(x, self)
+
+
+def trains(layer: nn.Module) -> bool:
+    return any(p.requires_grad for p in layer.parameters(recurse=False))
 
 
 def dense_dtype(layer: Any) -> torch.dtype:
@@ -96,10 +103,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor
         if added is not None and added.dtype == x.dtype:
             return torch.ops.mkldnn._linear_pointwise.binary(x, added, weight, bias, "add")
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    elif added is not None and added.dtype == x.dtype and bias is None:
+        return torch.addmm(added, x, weight.to(x.dtype).T)
     else:
         y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return y if added is None else added + y
 
 
 def through_onednn(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and cannot() is None
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or cannot() is not None:
+        return False
+    return x.dtype == weight.dtype == torch.float32

@@ -18,6 +18,7 @@ class RMSNorm:
 
     weight: Tensor  # (d,)
     eps: float
+    rounded: bool = True  # x·s to x's dtype before w: as most of transformers' do
 
     def statistics(self, x: Tensor) -> tuple[Tensor, ...]:
         """s of every row: (rows, d) → (rows, 1)."""
@@ -27,7 +28,8 @@ class RMSNorm:
 
     def normed(self, x: Tensor, statistics: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         (s,) = statistics
-        return (x * s).to(x.dtype).mul_(self.weight).to(dtype)  # rounded before w, as transformers does
+        n = x * s
+        return (n.to(x.dtype) if self.rounded else n).mul_(self.weight).to(dtype)
 
     def gradient(self, grad: Tensor, x: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:
         """With g = w ⊙ ∂L/∂h and n = x·s: ∂L/∂x = s·(g − n·mean(g ⊙ n)); (rows, d)."""
@@ -67,18 +69,32 @@ class LayerNorm:
 
 
 Norm = RMSNorm | LayerNorm
+RMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm", "GemmaRMSNorm")
 
 
 def norm(module: Any) -> Norm:
     """The values of a module that ``why_not`` has nothing against."""
-    if isinstance(module, nn.LayerNorm):
-        return LayerNorm(module.weight, module.bias, module.eps)
-    return RMSNorm(module.weight, module.variance_epsilon)
+    match type(module).__name__:
+        case "LayerNorm":
+            return LayerNorm(module.weight, module.bias, module.eps)
+        case "RMSNorm":
+            return RMSNorm(module.weight, module.eps, rounded=False)
+        case "GemmaRMSNorm":
+            return RMSNorm(
+                1 + module.weight.to(torch.promote_types(module.weight.dtype, torch.float32)), module.eps, False
+            )
+        case _:
+            return RMSNorm(module.weight, module.variance_epsilon)
 
 
-def why_not(module: nn.Module) -> str | None:
+def why_not(module: Any) -> str | None:
     """What keeps a module from being one of the two norms, frozen, or None."""
-    plain = type(module) is nn.LayerNorm and module.bias is not None and module.weight is not None
-    if not plain and type(module).__name__ not in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm"):
+    if type(module) is nn.LayerNorm:
+        plain = module.bias is not None and module.weight is not None
+    elif type(module) is nn.RMSNorm:
+        plain = module.weight is not None and module.eps is not None
+    else:
+        plain = type(module).__name__ in RMS
+    if not plain:
         return f"{type(module).__name__} is not a norm that is known"
     return "it trains" if any(p.requires_grad for p in module.parameters()) else None

@@ -1,99 +1,170 @@
-"""A linear site as a block's fused forward sees it: a frozen layer and, where it has one, its LoRA.
+"""Linear sites that read one input, as a block's fused forward sees them: frozen layers and, where they have one,
+their LoRA.
 
 y = x Wᵀ + b + s·B A drop(x). ``forward`` and ``backward`` are the two directions of that line, rank first: of LoRA's
-own nothing wider than (tokens, r) is made, and its two products are added in place.
+own nothing wider than (tokens, r) is made, and its two products are added in place. drop(x) is x itself with p of its
+entries at zero while it is read: 1/(1 − p) goes into s. A mask is drawn once for all sites that share it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters.base import LINEAR, Adapted, dense_weight
-from lowrank.adapters.methods.dropout import drop, mask_of
+from lowrank.adapters.bank import Bank
+from lowrank.adapters.base import LINEAR, Adapted, Adapter, dense_weight
+from lowrank.adapters.methods.adalora import AdaLoRA
+from lowrank.adapters.methods.dropout import Mask, mask, mask_of
 from lowrank.adapters.methods.lora import LoRA
 from lowrank.fast import linear
+from lowrank.fast.cast import cast
+from lowrank.quant.nf4 import NF4Linear
+
+
+@dataclass(frozen=True)
+class Update:
+    """A LoRA in one call: p and seed are those of its dropout mask."""
+
+    A: Tensor  # (r, in), what a gradient goes to …
+    B: Tensor  # (out, r)
+    a: Tensor  # … and the same in the dtype of products
+    b: Tensor
+    scale: float
+    p: float
+    seed: int
+
+    @property
+    def factor(self) -> float:
+        return self.scale / (1 - self.p)
 
 
 @dataclass(frozen=True)
 class Site:
-    """A and B are None where the layer stands bare; p and seed are those of this call's dropout mask."""
+    """A layer, and what is added to its output; nothing where it stands bare."""
 
     layer: Any  # Linear, Conv1D or NF4Linear, frozen
-    A: Tensor | None = None  # (r, in)
-    B: Tensor | None = None  # (out, r)
-    scale: float = 1.0
-    p: float = 0.0
-    seed: int = 0
+    update: Update | None = None
 
 
-def site(module: nn.Module) -> Site:
-    """The parts of a module that ``why_not`` has nothing against."""
+def site(module: nn.Module, dtype: torch.dtype) -> Site:
+    """The parts of a module that ``why_not`` has nothing against, for products in ``dtype``."""
     if not isinstance(module, Adapted):
         return Site(module)
-    if module.bypassed:
+    if module.bypassed and module.original is not None:
         return Site(module.original)
-    p, seed = mask_of(module.adapter)
-    lora: Any = module.adapter
-    return Site(module.base, lora.A, lora.B, lora.scale, p, seed)
+    adapter: Any = in_use(module)
+    return Site(module.base, None if adapter is None else update(adapter, dtype))
+
+
+def update(adapter: Any, dtype: torch.dtype) -> Update:
+    """AdaLoRA's is a LoRA of diag(E) A and B, to which autograd hands on the gradient of the first."""
+    if type(adapter) is LoRA:
+        return Update(adapter.A, adapter.B, *cast(adapter, dtype), adapter.scale, *mask_of(adapter))
+    EA = adapter.E[:, None] * adapter.A  # (r, in)
+    a, b = EA.detach().to(dtype), adapter.B.detach().to(dtype)
+    return Update(EA, adapter.B, a, b, adapter.scale, *mask_of(adapter))
+
+
+def in_use(module: Adapted) -> Adapter | None:
+    """The adapter that a call goes through: of a bank the chosen one, or None where it has none here."""
+    adapter = module.adapter
+    return adapter.chosen() if isinstance(adapter, Bank) else adapter
 
 
 def why_not(module: nn.Module) -> str | None:
     """What keeps a module from being a fused site, or None."""
-    layer = module.base if isinstance(module, Adapted) else module
-    if isinstance(module, Adapted) and type(module.adapter) is not LoRA:
-        return f"{type(module.adapter).__name__} is not plain LoRA"
+    if not isinstance(module, Adapted):
+        return layer_why_not(module)
+    if isinstance(module.adapter, Bank) and isinstance(module.adapter.route.chosen, tuple):
+        return "the rows of a batch go through adapters of their own"
+    adapter = in_use(module)
+    if adapter is not None and type(adapter) not in (LoRA, AdaLoRA):
+        return f"{type(adapter).__name__} is not plain LoRA"
+    return layer_why_not(module.original if module.bypassed and module.original is not None else module.base)
+
+
+def layer_why_not(layer: nn.Module) -> str | None:
     if type(layer) not in LINEAR:
         return f"{type(layer).__name__} is not a linear layer"
     if any(p.requires_grad for p in layer.parameters(recurse=False)):
         return "its weights train"
+    if getattr(layer, "compute_dtype", None) is not None:
+        return "it has a compute_dtype of its own"
+    if getattr(vars(layer).get("forward"), "__func__", linear.forward) is not linear.forward:
+        return "its forward has been replaced"
     return None
 
 
 def tensors(sites: Sequence[Site]) -> list[Tensor | None]:
     """A and B of every site, the inputs of an autograd Function that a gradient goes to."""
-    return [tensor for s in sites for tensor in (s.A, s.B)]
+    return [tensor for s in sites for tensor in ((s.update.A, s.update.B) if s.update else (None, None))]
 
 
-def forward(h: Tensor, s: Site, added: Tensor | None = None) -> Tensor:
-    """h Wᵀ + b + s·B A drop(h), plus ``added``: h (tokens, in) → (tokens, out), always a new tensor."""
-    y = linear.product(h, dense_weight(s.layer), s.layer.bias, added)  # (tokens, out)
-    if s.A is not None and s.B is not None:
-        hidden = linear.product(dropped(h, s), s.A.to(h.dtype))  # (tokens, r)
-        y.addmm_(hidden.to(y.dtype), s.B.to(y.dtype).T, alpha=s.scale)
-    return y
+def forward(h: Tensor, sites: Sequence[Site], added: Tensor | None = None) -> tuple[Tensor, ...]:
+    """h Wᵀ + b + s·B A drop(h), plus ``added``, of each site: h (tokens, in) → (tokens, out), always new tensors."""
+    within = added if added is not None and added.dtype == h.dtype else None
+    ys = [linear.product(h, dense(s.layer, h.dtype), s.layer.bias, within) for s in sites]  # (tokens, out) each
+    for shared, members in by_mask(h, sites):
+        with read(h, shared) as z:
+            for i, u in members.items():
+                ys[i].addmm_(linear.product(z, u.a), u.b.T, alpha=u.factor)  # (tokens, r) → (tokens, out)
+    return tuple(ys if added is None or within is not None else [added + y for y in ys])  # in the wider of the two
 
 
 def backward(
-    grad: Tensor, h: Tensor, s: Site, grad_h: Tensor | None, wanted: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of h (with ``grad_h`` added), A and B, from ``grad`` (tokens, out) and h (tokens, in).
+    grads: Sequence[Tensor], h: Tensor, sites: Sequence[Site], wanted: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradient of h where it is ``wanted``, and those of every A and B in the order of ``tensors``; from ``grads``
+    (tokens, out) and h (tokens, in)."""
+    grad_h = None
+    for grad, s in zip(grads, sites, strict=True):
+        if wanted:
+            grad_h = linear.product(grad, dense(s.layer, grad.dtype).T, None, grad_h)  # (tokens, in)
+    found: list[Tensor | None] = [None] * (2 * len(sites))
+    for shared, members in by_mask(h, sites):
+        ranks = {i: linear.product(grads[i], u.b.T) for i, u in members.items()}  # (tokens, r) each
+        with read(h, shared) as z:
+            for i, u in members.items():
+                found[2 * i : 2 * i + 2] = of_factors(u, z, grads[i], ranks[i])
+        if grad_h is not None:
+            with nullcontext() if shared is None else shared.outside(grad_h):
+                for i, u in members.items():
+                    grad_h.addmm_(ranks[i], u.a, alpha=u.factor)
+    return grad_h, found
 
-    ``wanted`` tells whether h's own is.
-    """
+
+def of_factors(u: Update, z: Tensor, grad: Tensor, rank: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """∂L/∂A = s·(g B)ᵀ z and ∂L/∂B = s·gᵀ (A z), of those that train; z (tokens, in), ``rank`` = g B (tokens, r)."""
     grad_A = grad_B = None
-    if wanted:
-        grad_h = linear.product(grad, dense_weight(s.layer).T, None, grad_h)  # (tokens, in)
-    if s.A is not None and s.B is not None:
-        x, A, B = dropped(h, s), s.A.to(h.dtype), s.B.to(h.dtype)
-        rank = linear.product(grad, B.T)  # (tokens, r)
-        if s.B.requires_grad:
-            grad_B = linear.product(linear.product(x, A).T, grad.T).T.mul(s.scale).to(s.B.dtype)  # (out, r)
-        if s.A.requires_grad:
-            grad_A = linear.product(rank.T, x.T).mul_(s.scale).to(s.A.dtype)  # (r, in)
-        if grad_h is not None and not s.p:
-            grad_h.addmm_(rank, A, alpha=s.scale)
-        elif grad_h is not None:
-            grad_h += drop(linear.product(rank, A.T).mul_(s.scale), s.p, s.seed)
-    return grad_h, grad_A, grad_B
+    if u.A.requires_grad:
+        grad_A = linear.product(rank.T, z.T).mul_(u.factor).to(u.A.dtype)  # (r, in)
+    if u.B.requires_grad:
+        hidden = linear.product(z, u.a)  # (tokens, r)
+        grad_B = linear.product(hidden.T, grad.T).T.mul(u.factor).to(u.B.dtype)  # (out, r)
+    return grad_A, grad_B
 
 
-def dropped(h: Tensor, s: Site) -> Tensor:
-    return drop(h, s.p, s.seed) if s.p else h
+def by_mask(h: Tensor, sites: Sequence[Site]) -> list[tuple[Mask | None, dict[int, Update]]]:
+    """The updates, by the numbers of their sites, gathered by what they drop of h: each mask is drawn once."""
+    groups: dict[tuple[float, int], dict[int, Update]] = {}
+    for i, s in enumerate(sites):
+        if s.update is not None:
+            groups.setdefault((s.update.p, s.update.seed), {})[i] = s.update
+    return [(mask(h, p, seed) if p else None, members) for (p, seed), members in groups.items()]
+
+
+def read(h: Tensor, dropped: Mask | None) -> AbstractContextManager[Tensor]:
+    return nullcontext(h) if dropped is None else dropped.zeroed(h)
+
+
+def dense(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """A layer's weight (out, in): dequantised into ``dtype`` at once, to be used by one product and let go."""
+    return layer.dequantize(dtype) if isinstance(layer, NF4Linear) else dense_weight(layer)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

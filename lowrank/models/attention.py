@@ -1,7 +1,8 @@
 """Attention that never crosses a document, registered with transformers.
 
 Packed documents stand end to end in one row and their boundaries travel as the forward keyword ``cu_seqlens``
-(documents + 1,), cumulative lengths from 0. transformers hands unknown keywords down to the attention function, so
+(documents + 1,), cumulative lengths from 0, best in the host's memory whatever the model's device: every layer reads
+them. transformers hands unknown keywords down to the attention function, so
 every architecture that looks its attention up in ``AttentionInterface`` is served by the one function below.
 Without ``cu_seqlens`` (padded batches, generation) it is transformers' own SDPA. The keyword ``prefix_kv`` holds, by
 layer, keys and values that come before those of every document and of every row, in each token's sight whatever the
@@ -21,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from lowrank.errors import ConfigError
+from lowrank.models import varlen
 
 NAME = "lowrank"
 
@@ -49,6 +51,8 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     refuse_what_is_not_plain(kwargs)
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
+    if prefix is None and not kwargs.get("dropout") and varlen.why_not(query, key, value) is None:
+        return varlen.attention(query, key, value, cu_seqlens, window=window, scale=kwargs.get("scaling")), None
     edges = cu_seqlens.tolist()
     documents = [
         document_attention(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], window, kwargs, prefix)
@@ -177,7 +181,7 @@ def logits_of(model: Any, documents: list[Tensor]) -> Tensor:
     return model(
         input_ids=torch.cat(documents)[None].to(device),
         position_ids=torch.cat([torch.arange(n) for n in lengths])[None].to(device),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(device),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         attention_mask=no_mask(device),
         use_cache=False,
     ).logits[0]

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, out_of_memory
 from lowrank.models import hub, smollm2, tiny
 from lowrank.models.quiet import quiet
 
@@ -115,6 +115,8 @@ def weights(model: Model, dtype: torch.dtype) -> nn.Module:
                 path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **LOCAL
             )
     except (OSError, SafetensorError, UnpicklingError) as error:
+        if out_of_memory(error):
+            raise
         raise _refusal(model, f"cannot read the weights in {path}: {_first_line(error)}") from error
     lacking = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if lacking:  # transformers would go on with random ones

@@ -17,7 +17,7 @@ from lowrank.adapters.base import Adapter
 from lowrank.adapters.plan import class_and_options
 from lowrank.errors import ConfigError
 from lowrank.models.quiet import quiet
-from lowrank.testing import calls, gradients, start, storage, weights
+from lowrank.testing import calls, fused, gradients, start, storage, weights
 from lowrank.testing.bases import columns
 from lowrank.testing.trial import Outcome, Trial, fails
 
@@ -34,6 +34,7 @@ PROPERTIES: dict[str, Callable[[Trial], Outcome]] = {
     "dtypes and devices": weights.moves,
     "dropout replay": calls.dropout,
     "checkpointing": calls.checkpointing,
+    "fast path": fused.same,
     "packing": calls.packing,
     "generation": calls.generation,
     "save and load": storage.saving,

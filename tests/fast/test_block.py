@@ -2,71 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import IA3, LoRA
-from lowrank.adapters.inject import apply, named_trainable
+from lowrank.adapters import IA3
+from lowrank.adapters.inject import apply
 from lowrank.adapters.plan import plan
-from lowrank.data.pack import Batch, pack, pad
+from lowrank.data.pack import pack, pad
 from lowrank.fast import block, linear
-from lowrank.keys import Clock, key
-from lowrank.models import attention
 from lowrank.quant.convert import quantize
-from lowrank.train.loss import target_loss
 from tests.documents import texts
-
-LENGTHS = (7, 12, 3, 9)
-BLOCKS = 2  # of the tiny models
-
-
-def adapted(model: Any, p: float = 0.0, targets: str = "all-linear") -> Any:
-    """The model with packed attention and LoRA away from its start, in training mode at a fixed time."""
-    model.requires_grad_(False)
-    assert attention.install(model) is None
-    clock = Clock(0)
-    apply(model, plan(model, {targets: partial(LoRA, r=4, dropout=p)}), clock=clock)
-    for path, parameter in named_trainable(model).items():
-        parameter.data.normal_(0, 0.1, generator=key(1, path))
-    clock.set(3, 0)
-    return model.train()
-
-
-def still(model: Any) -> Any:
-    """Without the model's own dropout."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def trained(model: Any, batch: Batch, context: Any = None) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Loss, gradients, and bytes kept between forward and backward that are no parameter's."""
-    kept: dict[int, Tensor] = {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    model.zero_grad()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context or nullcontext():
-        loss = target_loss(model, batch)
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in named_trainable(model).items()}
-    return loss.detach(), gradients, sum(t.untyped_storage().nbytes() for t in kept.values())
-
-
-def agree(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
-    assert found.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        assert float((found[name] - gradient).abs().max()) <= tolerance * float(gradient.abs().max()), name
+from tests.fast.passes import BLOCKS, LENGTHS, adapted, agree, still, trained
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2], ids=["", "dropout"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lowrank.adapters.base import Adapter, shape
 from lowrank.adapters.methods.budget import RankAllocator, Schedule, Triplets
@@ -80,8 +81,7 @@ class AdaLoRA(Adapter):
     def penalty(self) -> Tensor | float:
         if not self.orth_weight:
             return 0.0
-        one = torch.eye(self.init_r, dtype=self.A.dtype, device=self.A.device)  # (r, r)
-        return self.orth_weight * ((self.B.T @ self.B - one).square().sum() + (self.A @ self.A.T - one).square().sum())
+        return self.orth_weight * (FromOrthonormal.apply(self.A) + FromOrthonormal.apply(self.B.T))
 
     @classmethod
     def hook(cls, adapters: dict[str, Adapter], *, steps: int) -> RankAllocator:
@@ -92,3 +92,22 @@ class AdaLoRA(Adapter):
 
     def extra_repr(self) -> str:
         return f"init_r={self.init_r}, target_r={self.target_r}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+class FromOrthonormal(torch.autograd.Function):
+    """‖M Mᵀ − I‖² of M (r, width), and its gradient 4·(M Mᵀ − I) M: autograd would make the second product twice."""
+
+    @staticmethod
+    def forward(ctx: Any, M: Tensor) -> Tensor:
+        with torch.autocast(M.device.type, enabled=False):
+            off = M @ M.T  # (r, r)
+        off.diagonal().sub_(1)
+        ctx.save_for_backward(M, off)
+        return off.square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        M, off = ctx.saved_tensors
+        with torch.autocast(M.device.type, enabled=False):
+            return (off * (4 * grad)) @ M

@@ -96,9 +96,9 @@ class RankAllocator:
             return
         for name, parameter in self.entries():
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            now = (parameter * grad).abs()
+            now = torch.mul(parameter, grad).abs_()
             self.importance[name].lerp_(now, 1 - self.beta1)
-            self.uncertainty[name].lerp_((now - self.importance[name]).abs(), 1 - self.beta2)
+            self.uncertainty[name].lerp_(now.sub_(self.importance[name]).abs_(), 1 - self.beta2)
         if late or self.schedule.due(step):  # late: a resumed run that was made shorter
             self.allocate(step)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapter, shape
 from lowrank.adapters.methods.options import positive_integer, positive_number
+from lowrank.adapters.methods.update import Recomputed
 
 
 class LoKr(Adapter):
@@ -49,11 +51,7 @@ class LoKr(Adapter):
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         y = base(x)  # (…, out)
         A, B = self.right()
-        X = x.to(y.dtype).unflatten(-1, (self.C.shape[1], -1))  # (…, c, d)
-        X = X if A is None else F.linear(X, A.to(y.dtype))  # (…, c, r)
-        # Contiguous: for other inputs PyTorch picks another product where gradients are asked for, with other rounding.
-        X = F.linear(X.mT.contiguous(), self.scale * self.C.to(y.dtype)).mT.contiguous()  # (…, a, r or d)
-        return y + F.linear(X, B.to(y.dtype)).flatten(-2)  # (…, out)
+        return y + Recomputed.apply(partial(product, self.scale, y.dtype), x, self.C, B, *([] if A is None else [A]))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         A, B = self.right()
@@ -68,6 +66,15 @@ class LoKr(Adapter):
 
     def extra_repr(self) -> str:
         return f"C {tuple(self.C.shape)}, scale={self.scale:g}"
+
+
+def product(scale: float, dtype: torch.dtype, x: Tensor, C: Tensor, B: Tensor, A: Tensor | None = None) -> Tensor:
+    """s·(C ⊗ B A) x, or s·(C ⊗ B) x without an A, in ``dtype``: (…, in) → (…, out)."""
+    X = x.to(dtype).unflatten(-1, (C.shape[1], -1))  # (…, c, d)
+    X = X if A is None else F.linear(X, A.to(dtype))  # (…, c, r)
+    # Contiguous: for other inputs PyTorch picks another product where gradients are asked for, with other rounding.
+    X = F.linear(X.mT.contiguous(), scale * C.to(dtype)).mT.contiguous()  # (…, a, r or d)
+    return F.linear(X, B.to(dtype)).flatten(-2)  # (…, out)
 
 
 def divided(size: int, factor: int | None) -> tuple[int, int]:

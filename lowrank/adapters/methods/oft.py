@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.base import Adapter, shape
+from lowrank.adapters.methods.update import Recomputed, compute_dtype
 
 
 class OFT(Adapter):
@@ -53,9 +56,7 @@ class OFT(Adapter):
             return R + power
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
-        rows = x.unflatten(-1, (-1, self.block_size))  # (…, blocks, size)
-        turned = torch.einsum("...bi,bij->...bj", rows, self.rotation().to(x.dtype))
-        return base(turned.flatten(-2).to(x.dtype))  # autocast would leave it in its own dtype
+        return base(Recomputed.apply(partial(turned, compute_dtype(x)), x, self.rotation()))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         rows = weight.unflatten(-1, (-1, self.block_size))  # (out, blocks, size)
@@ -63,3 +64,9 @@ class OFT(Adapter):
 
     def extra_repr(self) -> str:
         return f"block_size={self.block_size}"
+
+
+def turned(dtype: torch.dtype, x: Tensor, R: Tensor) -> Tensor:
+    """x R, block by block, computed in ``dtype`` and given in x's own: x (…, in), R (blocks, size, size)."""
+    rows = x.to(dtype).unflatten(-1, R.shape[:2])  # (…, blocks, size)
+    return torch.einsum("...bi,bij->...bj", rows, R.to(dtype)).flatten(-2).to(x.dtype)

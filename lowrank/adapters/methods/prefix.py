@@ -128,7 +128,7 @@ def check_cache_serves(base: Any, packed: bool) -> None:
     config, why = base.config.get_text_config(), None
     if packed:
         why = "before every packed document"
-    elif torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in base.modules()):
+    elif torch.is_grad_enabled() and any(recomputes(module) for module in base.modules()):
         why = "under gradient checkpointing"
     elif "DynamicSlidingWindowLayer" in cache_layers(base) or "local" in getattr(config, "attention_layers", ()):
         why = "in sight of a sliding window"
@@ -137,6 +137,11 @@ def check_cache_serves(base: Any, packed: bool) -> None:
             f"adapter: Prefix keeps {why} only with lowrank's attention (lowrank.models.attention.install), and this "
             f"{type(base).__name__} runs '{base.config._attn_implementation}'. Where it takes no other, use prompt."
         )
+
+
+def recomputes(module: nn.Module) -> bool:
+    """By transformers' own switch, or by lowrank's (lowrank.fast.recompute)."""
+    return bool(getattr(module, "gradient_checkpointing", False)) or "repeated" in vars(module)
 
 
 def linear(out_features: int, in_features: int, generator: torch.Generator) -> tuple[nn.Parameter, nn.Parameter]:

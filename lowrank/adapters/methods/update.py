@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,3 +72,34 @@ class LowRankUpdate(torch.autograd.Function):
                 grad_x = drop(grad_x, ctx.p, ctx.seed) if ctx.p else grad_x
                 grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
         return grad, grad_x, grad_A, grad_B, None, None, None, None
+
+
+class Recomputed(torch.autograd.Function):
+    """function(x, *parameters), keeping these alone: what is between them is computed again in backward.
+
+    x is kept as it comes, whatever the function casts it to, so that sites which read one x keep that one. The
+    function says itself in which dtype it computes: autocast is off inside.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *parameters)
+        ctx.function = function
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *parameters)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        given = [t.detach().requires_grad_(want) for t, want in zip(ctx.saved_tensors, wanted, strict=True)]
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+            y = ctx.function(*given)
+        found = iter(torch.autograd.grad(y, [t for t in given if t.requires_grad], grad))
+        return None, *(next(found) if want else None for want in wanted)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What products of x run in: autocast's dtype inside of it, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank.adapters.methods.dropout import drop, dropped_positions
+from lowrank.adapters.methods.dropout import Entries, Mask, Positions, drop, dropped_positions
 
 CPU = torch.device("cpu")
 
@@ -78,3 +78,45 @@ def test_a_dtype_does_not_move_the_mask() -> None:
     masks = [drop(x.to(dtype), 0.4, 9) == 0 for dtype in (torch.float64, torch.float32, torch.bfloat16)]
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[0], masks[2])
+
+
+def masks(x: Tensor) -> list[Mask]:
+    """Both kinds, whatever the device: by position, and entry by entry as CUDA draws them."""
+    return [Positions(dropped_positions(x.numel(), 0.3, 5, CPU)), Entries.draw(x.numel(), 0.3, 5, CPU)]
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["positions", "entries"])
+def test_a_mask_hides_what_it_drops_for_a_while_and_keeps_writes_out_of_it(kind: int) -> None:
+    x = torch.rand(30, 20, dtype=torch.float64) + 1
+    mask, before, version = masks(x)[kind], x.clone(), x._version
+    gone = mask.zero_(x.clone()) == 0
+    assert 0.2 < float(gone.double().mean()) < 0.4
+    with mask.zeroed(x) as z:
+        assert torch.equal(z, torch.where(gone, 0.0, before))
+    assert torch.equal(x, before)
+    assert x._version == version  # so that what autograd has kept of it is still good
+    with mask.outside(x):
+        x.add_(2)
+    assert torch.equal(x, torch.where(gone, before, before + 2))
+
+
+def test_what_is_hidden_comes_back_though_its_reader_fails() -> None:
+    x = torch.ones(30, 20)
+    with pytest.raises(MemoryError), masks(x)[0].zeroed(x):
+        raise MemoryError
+    assert torch.equal(x, torch.ones(30, 20))
+
+
+def test_entries_are_drawn_again_from_their_seed() -> None:
+    one, again, other = (Entries.draw(5000, 0.05, seed, CPU).dropped for seed in (3, 3, 4))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert abs(float(one.double().mean()) - 0.05) < 4.5 * math.sqrt(0.05 * 0.95 / 5000)
+
+
+@pytest.mark.cuda
+def test_on_cuda_masks_repeat_and_drop_with_probability_p() -> None:
+    x = torch.ones(1000, 1000, device="cuda")
+    one, again = drop(x, 0.05, 3), drop(x, 0.05, 3)
+    assert torch.equal(one, again)
+    assert abs(float((one == 0).double().mean()) - 0.05) < 0.001
