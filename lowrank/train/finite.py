@@ -1,6 +1,7 @@
 """The finite guard: NaN and infinity are stopped where they appear, and what is said of them leads to where they arose.
 
-Nothing here moves a weight. What it costs a step that is sound is a comparison of numbers that are there anyway.
+Nothing here moves a weight. A step that is sound costs two waits for the device: before its update, for losses, penalty
+and norm together, and after it, for the norm of what it has made of the parameters.
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ def kind(value: float | Tensor) -> str:
             return ""
         return "nan" if bool(torch.isnan(value).any()) else "inf"
     return "" if math.isfinite(value) else "nan" if math.isnan(value) else "inf"
+
+
+def read(values: Sequence[float | Tensor]) -> list[float]:
+    """Numbers, wherever they are, at the host: it waits for a device once, however many there are."""
+    tensors = [value.detach().reshape(1) for value in values if isinstance(value, Tensor)]
+    wide = torch.cat([one.to(tensors[0].device) for one in tensors]).double() if tensors else torch.empty(0)
+    told = iter(wide.tolist())
+    return [next(told) if isinstance(value, Tensor) else value for value in values]
 
 
 def gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank.train import finite
 from lowrank.train.finite import Fault, NotFinite
 from lowrank.train.precision import Precision
 from lowrank.train.trace import tracing
+from lowrank.train.update import Update
 
 
 class Rows(Protocol):
@@ -29,26 +30,29 @@ class Guard:
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]  # what trains
     precision: Precision
+    update: Update
     again: Callable[[int], None]  # forward and backward of one micro-batch, counted from 0: the same bits as before
     named: Callable[[nn.Module], Iterable[tuple[str, nn.Module]]]  # modules and what they are called
     trace: bool  # also find the module
 
-    def loss(self, loss: Tensor, index: int) -> float:
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NotFinite(self.fault(f"loss is {value}", index))
-        return value
+    def losses(self, values: Sequence[float]) -> None:
+        """Of the micro-batches, in their order."""
+        for index, value in enumerate(values):
+            if not math.isfinite(value):
+                raise NotFinite(self.fault(f"loss is {value}", index))
 
-    def penalty(self, penalty: Tensor | float) -> None:
-        value = float(penalty.detach() if isinstance(penalty, Tensor) else penalty)
+    def penalty(self, value: float) -> None:
         if not math.isfinite(value):
             raise NotFinite(self.fault(f"penalty is {value}"))
 
-    def overflowed(self, norm: Tensor) -> bool:
+    def overflowed(self, norm: float) -> bool:
         """Whether a gradient is not finite and fp16's loss scale may be why: the step is then tried at half of it."""
         if math.isfinite(norm):
             return False
-        faults = finite.bad(finite.gradients(self.parameters))
+        faults = self.update.bad()
+        if self.update.at_once:
+            moved = "Parameters that backward had come to before have moved (optim.in_backward): they are of no step"
+            raise NotFinite(replace(self.fault(finite.told(faults, norm)), trained=moved))
         if faults and self.precision.may_halve():
             return True
         passes = [lambda index=index: self.again(index) for index in range(len(self.batches))] if faults else []
@@ -56,9 +60,9 @@ class Guard:
         alone = "; that of no micro-batch is by itself" if faults and index is None else ""
         raise NotFinite(self.fault(f"{finite.told(faults, norm)}{alone}", index))
 
-    def update(self, lr: float) -> None:
-        """Raises where it made a parameter not finite: they are then lost, and are never saved."""
-        if not math.isfinite(nn.utils.get_total_norm([p.detach() for p in self.parameters.values()])):
+    def updated(self, lr: float) -> None:
+        """Raises where the update made a parameter not finite: they are then lost, and are never saved."""
+        if not math.isfinite(self.update.size()):
             for name, how in finite.bad(self.parameters).items():
                 what = f"parameters are not finite after the update at learning rate {lr:g}"
                 raise NotFinite(replace(self.fault(what), trained=f"{name} is {how}"))

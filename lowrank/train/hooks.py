@@ -34,7 +34,8 @@ class Hook:
     """Called by the loop; every method may be left out."""
 
     def before_update(self, step: int) -> None:
-        """Gradients are there, clipped; the optimizer has not moved."""
+        """Gradients are there, clipped; the optimizer has not moved. (Under ``optim.in_backward`` it has, and they are
+        gone.)"""
 
     def after_update(self, step: int) -> None:
         """The optimizer has moved."""

@@ -23,8 +23,10 @@ from lowrank.train.hooks import Hook, StepRecord
 from lowrank.train.loss import TargetBatch
 from lowrank.train.optim import set_lr
 from lowrank.train.precision import Precision
+from lowrank.train.prefetch import ahead
 from lowrank.train.schedule import Schedule
 from lowrank.train.spikes import WINDOW, spike
+from lowrank.train.update import EachParameter, Update
 
 
 class MicroBatch(TargetBatch, Protocol):
@@ -33,6 +35,7 @@ class MicroBatch(TargetBatch, Protocol):
     @property
     def real_tokens(self) -> int: ...
     def to(self, device: torch.device) -> MicroBatch: ...
+    def pinned(self) -> MicroBatch: ...
 
 
 class Batches(Protocol):
@@ -81,18 +84,23 @@ class Loop:
     max_skipped: int = 0  # batches in a row that may be passed over where something is not finite
     trace: bool = False  # then find the module in which it first was not
     named: Callable[[nn.Module], Iterable[tuple[str, nn.Module]]] = nn.Module.named_modules  # what modules are called
+    updating: Callable[[torch.optim.Optimizer], Update] = EachParameter
+
+    def __post_init__(self) -> None:
+        self.update = self.updating(self.optimizer)
 
     def run(self, steps: int) -> None:
         """Raises NotFinite where the finite guard stops it: parameters are then those of the last whole step."""
-        while self.state.step < steps and not self.stop:
-            try:
-                record = self.step()
-            except NotFinite as error:
-                self.skip(error.fault)
-                continue
-            if record is not None:
-                for hook in self.hooks:
-                    hook.after_step(record)
+        with ahead(self):
+            while self.state.step < steps and not self.stop:
+                try:
+                    record = self.step()
+                except NotFinite as error:
+                    self.skip(error.fault)
+                    continue
+                if record is not None:
+                    for hook in self.hooks:
+                        hook.after_step(record)
 
     def step(self) -> StepRecord | None:
         """One optimizer step, or None where fp16's loss scale overflowed: the same step then comes again."""
@@ -101,32 +109,38 @@ class Loop:
         batches = self.batches.at(self.state.position + 1)
         targets = sum(len(batch.targets) for batch in batches)  # of the whole step, before the first forward
         guard = self.guard(step, batches, targets)
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        if not self.model.training:  # it goes through every module
+            self.model.train()
+        self.update.clear()
+        lr = set_lr(self.optimizer, self.schedule(step))
+        losses = []
         with default_generator_restored():
             for index, batch in enumerate(batches):
                 loss = self.forward(step, index, batch)
-                total += guard.loss(loss, index)
+                losses.append(loss.detach())
+                if self.update.at_once:
+                    guard.losses(finite.read(losses))
                 self.precision.backward(loss / targets)
         penalty = self.penalty()
-        guard.penalty(penalty)
         if isinstance(penalty, Tensor):
             self.precision.backward(penalty)
-        self.precision.unscale(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        if guard.overflowed(norm):
-            self.precision.update(self.optimizer)  # which takes no step, and halves the scale
+        self.precision.unscale(self.update.gathered())
+        norm = self.update.norm()
+        *told, pulled, length = finite.read([*losses, penalty, norm])
+        guard.losses(told)
+        guard.penalty(pulled)
+        if guard.overflowed(length):
+            self.precision.halve()
             return None
-        nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_norm, norm)
-        lr = set_lr(self.optimizer, self.schedule(step))
+        self.update.clip(self.max_norm, norm, length)
         for hook in self.hooks:
             hook.before_update(step)
-        self.precision.update(self.optimizer)
-        guard.update(lr)
+        self.update.step()
+        self.precision.made()
+        guard.updated(lr)
         for hook in self.hooks:
             hook.after_update(step)
-        return self.count(batches, total / targets, lr, float(norm), time.perf_counter() - started)
+        return self.count(batches, sum(told) / targets, lr, length, time.perf_counter() - started)
 
     def forward(self, step: int, index: int, batch: MicroBatch) -> Tensor:
         """The summed loss of a micro-batch, all randomness keyed: the same bits whenever it is called."""
@@ -154,7 +168,8 @@ class Loop:
                 if torch.isfinite(loss):
                     self.precision.backward(loss / targets)
 
-        return Guard(step, batches, self.model, self.parameters, self.precision, again, self.named, self.trace)
+        parts = (self.model, self.parameters, self.precision, self.update)
+        return Guard(step, batches, *parts, again, self.named, self.trace)
 
     def skip(self, fault: Fault) -> None:
         """Passes over the batch. Raises NotFinite where that is not wanted, has been done too often or cannot help."""

@@ -37,10 +37,10 @@ def target_logits(model: nn.Module, batch: TargetBatch) -> Tensor:
         logits = model(**batch.inputs, use_cache=False).logits  # (rows, width, vocabulary)
         return logits.flatten(0, 1)[batch.positions]
     # logits_to_keep names columns of the (rows, width) grid; a pack has one row, so there it names exactly the targets
+    if rows == 1:
+        return model(**batch.inputs, use_cache=False, logits_to_keep=batch.positions).logits[0]
     columns, at = torch.unique(batch.positions % width, return_inverse=True)
     logits = model(**batch.inputs, use_cache=False, logits_to_keep=columns).logits  # (rows, columns, vocabulary)
-    if rows == 1:
-        return logits[0]
     return logits[batch.positions // width, at]
 
 

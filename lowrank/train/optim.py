@@ -15,6 +15,8 @@ from lowrank.errors import ConfigError, nearest
 GIVEN = ("params", "names", "lr", "peak_lr", "weight_decay")  # of a group: the configuration's and the schedule's
 GROUP = "group:"
 CPU = torch.device("cpu")
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # of which torch has a kernel of all that a step does
+WAYS = ("foreach", "fused", "capturable", "differentiable")  # options by which a user chooses one
 
 
 def groups(
@@ -47,6 +49,23 @@ def groups(
             hint = f" Nearest: '{close}'." if close else ""
             raise ConfigError(f"optim.groups: '{rule['match']}' matches no parameter that an earlier rule left.{hint}")
     return list(made.values())
+
+
+def fused(cls: type, given: Mapping[str, Any], parameters: Collection[Tensor]) -> dict[str, Any]:
+    """The option by which a class of torch's computes a step in one kernel, where it has one for these parameters and
+    ``given``, the user's options, choose no other way."""
+    there = cls in FUSED and not any(name in given for name in WAYS)
+    fits = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    return {"fused": True} if there and fits else {}
+
+
+def refuse_paged(cls: type, device: torch.device) -> None:
+    """Raises ConfigError where a paged optimizer has nothing to page: bitsandbytes would leave it out by itself."""
+    if "Paged" in cls.__name__ and cls.__module__.startswith("bitsandbytes.") and device.type != "cuda":
+        raise ConfigError(
+            f"optim._target_: {cls.__name__} keeps its state in the host's memory while a GPU does not need it, and "
+            f"this run is on {device.type}. Choose optim=adamw8bit or optim=adamw, or loop.device=cuda."
+        )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
@@ -117,11 +136,12 @@ def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], 
 
 
 def put(target: dict[str, Any], what: str, value: Any, device: torch.device | None) -> None:
-    """In the memory that is there, where there is a tensor like it: that may be of a kind of its own (paged)."""
+    """In the memory that is there, where there is a tensor like it: that may be of a kind of its own (paged). Not a
+    single number: several parameters may have one together, and must no longer where theirs differ."""
     there = target.get(what)
     if not isinstance(value, Tensor):
         target[what] = tuple(value) if isinstance(there, tuple) else value
-    elif isinstance(there, Tensor) and (there.shape, there.dtype) == (value.shape, value.dtype):
+    elif isinstance(there, Tensor) and there.ndim and (there.shape, there.dtype) == (value.shape, value.dtype):
         with torch.no_grad():
             there.copy_(value)
     else:

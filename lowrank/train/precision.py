@@ -20,7 +20,7 @@ class Precision:
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device, self.dtype = name, device, DTYPES[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
-        self.good = self.scaler.get_scale()  # that of the last step made
+        self.good: float | Tensor = self.scaler.get_scale()  # that of the last step made
 
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.name == "fp32" else torch.autocast(self.device.type, dtype=self.dtype)
@@ -35,13 +35,15 @@ class Precision:
         """Whether a gradient that is not finite may be the loss scale's doing: the step is then tried at half of it."""
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
-    def update(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer's step or, where an unscaled gradient is not finite, half the scale and no step."""
-        before = self.scaler.get_scale()
-        self.scaler.step(optimizer)
+    def halve(self) -> None:
+        """Instead of a step in which an unscaled gradient was not finite: it comes again at half the scale."""
         self.scaler.update()
-        if self.scaler.get_scale() >= before:
-            self.good = self.scaler.get_scale()
+
+    def made(self) -> None:
+        """After the optimizer's step: the scale may have been low for long enough. The host does not wait for it."""
+        if self.scaler.is_enabled():
+            self.scaler.update()
+            self.good = self.scaler.scale(torch.ones((), device=self.device))
 
     def forget(self) -> None:
         """A step that is given up: the scale is again that of the last one made, however often this one halved it."""
@@ -50,7 +52,7 @@ class Precision:
             self.scaler.update(self.good)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.scaler.state_dict(), "good": self.good} if self.scaler.is_enabled() else {}
+        return {**self.scaler.state_dict(), "good": float(self.good)} if self.scaler.is_enabled() else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:

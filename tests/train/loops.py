@@ -22,8 +22,10 @@ from lowrank.train.loss import target_loss
 from lowrank.train.optim import groups
 from lowrank.train.precision import Precision
 from lowrank.train.schedule import schedule
+from lowrank.train.update import EachParameter, Update
 
 CPU = torch.device("cpu")
+UPDATING: list[Callable[[torch.optim.Optimizer], Update]] = [EachParameter]  # the last is what a loop takes
 LENGTHS = [5, 12, 3, 9, 14, 2, 7, 7, 4, 11, 6, 8]
 
 
@@ -56,6 +58,7 @@ def loop_of(
     *,
     dropout: float = 0.0,
     order: Batches | None = None,
+    updating: Callable[[torch.optim.Optimizer], Update] | None = None,
     optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer] = adamw,
     precision: str = "fp32",
     loss: Callable[[nn.Module, Any], Tensor] = target_loss,
@@ -73,6 +76,7 @@ def loop_of(
         schedule=changes.pop("schedule", schedule("linear", warmup=2, total=10)),
         precision=Precision(precision, CPU),
         clock=clock,
+        updating=updating or UPDATING[-1],
         **changes,
     )
 

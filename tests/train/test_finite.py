@@ -22,6 +22,8 @@ from lowrank.train.loop import Loop
 from lowrank.train.loss import target_loss
 from lowrank.train.optim import state_tensors
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 BAD = pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "-inf"])
 
 

@@ -18,6 +18,8 @@ from lowrank.train.loop import Loop
 from lowrank.train.loss import target_loss
 from lowrank.train.optim import state_tensors
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 def poisoned(value: float, step: int, micro_batch: int) -> Any:
     """A loss that is ``value`` on one micro-batch of one step."""

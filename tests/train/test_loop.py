@@ -19,6 +19,8 @@ from lowrank.train.loop import Loop, State
 from lowrank.train.loss import target_loss
 from lowrank.train.optim import load_state, state_tensors
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 class Witness(Hook):
     """Writes down what it is called with, and copies of parameters and gradients at that time."""

@@ -16,6 +16,8 @@ from lowrank.train.loop import Loop
 from lowrank.train.optim import groups, state_tensors
 from lowrank.train.precision import Precision, resolve
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 class Calls(Hook):
     def __init__(self) -> None:
