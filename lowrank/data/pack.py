@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+BOUNDARIES = "cu_seqlens"
 
 
 class Document(Protocol):
@@ -36,8 +38,16 @@ class Batch:
     real_tokens: int  # padding never counts
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {name: t.to(device, non_blocking=True) for name, t in self.inputs.items()}
-        return Batch(moved, self.positions.to(device), self.targets.to(device), self.rows, self.real_tokens)
+        """All but the boundaries, which are read on the host; without waiting for the device."""
+        return self.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """In memory from which CUDA copies by itself."""
+        return self.with_tensors(Tensor.pin_memory)
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        inputs = {name: t if name == BOUNDARIES else change(t) for name, t in self.inputs.items()}
+        return replace(self, inputs=inputs, positions=change(self.positions), targets=change(self.targets))
 
 
 def pack(documents: Sequence[Document]) -> Batch:
@@ -48,7 +58,7 @@ def pack(documents: Sequence[Document]) -> Batch:
     inputs = {
         "input_ids": torch.tensor([t for d in documents for t in d.tokens])[None],  # (1, tokens)
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],  # (1, tokens)
-        "cu_seqlens": edges,
+        BOUNDARIES: edges,
         # a 4D mask is passed on as it is: it keeps transformers from building one of (tokens, tokens)
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
     }

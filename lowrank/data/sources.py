@@ -12,6 +12,7 @@ import platform
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -80,12 +81,13 @@ class Split:
     notes: tuple[str, ...] = ()  # rows that were dropped
 
 
-def load(data: Settings) -> Split:
-    """The records that ``data`` describes; at least one to train on and one to evaluate on.
+def load(data: Settings, cache: Path | None = None) -> Split:
+    """The records that ``data`` describes; at least one to train on and one to evaluate on. ``cache`` is a folder for
+    what takes long to find.
 
     Raises DataError for what is wrong with a file, ConfigError for settings that do not go together.
     """
-    split = from_stdlib(data) if data.kind == "stdlib" else from_files(data)
+    split = from_stdlib(data, cache) if data.kind == "stdlib" else from_files(data)
     if data.limit is not None:
         order = torch.randperm(len(split.train), generator=key(data.seed, "limit"))[: max(data.limit, 0)]
         split = replace(split, train=[split.train[i] for i in sorted(order.tolist())])
@@ -95,14 +97,14 @@ def load(data: Settings) -> Split:
     return split
 
 
-def from_stdlib(data: Settings) -> Split:
+def from_stdlib(data: Settings, cache: Path | None) -> Split:
     """Functions of the standard library; the split is by module, so no file is on both sides."""
     for name in ("path", "eval_path"):
         if getattr(data, name):
             raise ConfigError(f"data.{name}: data=stdlib reads no file. Use data=jsonl or data=csv.")
     if data.template == "plain":
         raise ConfigError("data.template: 'plain' needs a text; data=stdlib has instruction, input, response.")
-    found = stdlib.functions()
+    found = stdlib.functions(cache=cache)
     content = json.dumps([(function.module, function.source, function.summary) for function in found])
     records = [
         Record(row, {"instruction": stdlib.INSTRUCTION, "input": function.source, "response": function.summary})

@@ -7,15 +7,21 @@ version of Python, which is why its name carries it.
 from __future__ import annotations
 
 import ast
+import hashlib
 import io
+import json
 import os
 import re
+import sys
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from lowrank.disk import write_text
 
 INSTRUCTION = "Write a one-line docstring for this Python function."
 
@@ -46,15 +52,54 @@ class Function:
     summary: str
 
 
-def functions(root: Path | None = None) -> list[Function]:
+def functions(root: Path | None = None, cache: Path | None = None) -> list[Function]:
     """Every documented function below ``root`` (default: this interpreter's library), without repeats.
 
-    The order is that of the modules' paths and then of the source, whatever order a folder is listed in.
+    The order is that of the modules' paths and then of the source, whatever order a folder is listed in. What was
+    found is kept in the folder ``cache`` under a hash of all that it was found in: parsing takes seconds.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
+    contents = {path.relative_to(root).as_posix(): path.read_bytes() for path in modules(root)}
+    kept = cache / f"stdlib-{hash_of(contents)}.json" if cache is not None else None
+    found = read(kept) if kept is not None else None
+    if found is None:
+        found = parsed(contents)
+        if kept is not None:
+            keep(kept, found)
+    return found
+
+
+def hash_of(contents: Mapping[str, bytes]) -> str:
+    """Of all that decides what is found: the modules, this file, and the interpreter that parses."""
+    hashed = hashlib.sha256(sys.version.encode() + Path(__file__).read_bytes())
+    for module, content in contents.items():
+        hashed.update(f"{module} {len(content)}\n".encode())
+        hashed.update(content)
+    return hashed.hexdigest()[:16]
+
+
+def read(kept: Path) -> list[Function] | None:
+    """What ``keep`` wrote; None where it is not there, or not whole."""
+    try:
+        sha256, _, rows = kept.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    if hashlib.sha256(rows).hexdigest().encode() != sha256:
+        return None
+    return [Function(*row) for row in json.loads(rows)]
+
+
+def keep(kept: Path, found: Sequence[Function]) -> None:
+    rows = json.dumps([(function.module, function.source, function.summary) for function in found])
+    with suppress(OSError):  # a cache that cannot be written to
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept, f"{hashlib.sha256(rows.encode()).hexdigest()}\n{rows}")
+
+
+def parsed(contents: Mapping[str, bytes]) -> list[Function]:
     found: dict[tuple[str, str], Function] = {}
-    for path in modules(root):
-        for function in documented(path, path.relative_to(root).as_posix()):
+    for module, content in contents.items():
+        for function in documented(module, content):
             found.setdefault((function.source, function.summary), function)
     return list(found.values())
 
@@ -68,9 +113,8 @@ def modules(root: Path) -> list[Path]:
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
-def documented(path: Path, module: str) -> Iterator[Function]:
+def documented(module: str, content: bytes) -> Iterator[Function]:
     """The functions and methods of one file that have a usable docstring; none if it does not parse."""
-    content = path.read_bytes()
     if b"def " not in content:
         return
     try:
@@ -81,12 +125,24 @@ def documented(path: Path, module: str) -> Iterator[Function]:
         lines = io.TextIOWrapper(io.BytesIO(content), encoding).read().split("\n")
     except (SyntaxError, ValueError, RecursionError):
         return
-    definitions = (node for node in ast.walk(tree) if isinstance(node, Definition))
-    for node in sorted(definitions, key=lambda node: (node.lineno, node.col_offset)):
+    for node in sorted(definitions(tree), key=lambda node: (node.lineno, node.col_offset)):
         if docstring := ast.get_docstring(node):
             source, summary = without_docstring(node, lines), first_sentence(docstring)
             if usable(node, source, summary):
                 yield Function(module, source, summary)
+
+
+def definitions(tree: ast.Module) -> Iterator[Definition]:
+    """All functions, wherever they stand: only in lists of statements, so that no expression need be walked."""
+    left: list[ast.AST] = [tree]
+    while left:
+        node = left.pop()
+        if isinstance(node, Definition):
+            yield node
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            below = getattr(node, name, None)
+            if isinstance(below, list):  # an expression's body is none
+                left += below
 
 
 def without_docstring(node: Definition, lines: list[str]) -> str:

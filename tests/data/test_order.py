@@ -28,6 +28,7 @@ ORDERS = {
     "more than there are": lambda: batches(micro_batch=100, accumulate=5),
     "tokens": lambda: by_tokens(20),
     "tokens, fewer than a document has": lambda: by_tokens(3, accumulate=3),
+    "tokens in order": lambda: by_tokens(20, packing="in_order"),
 }
 
 
@@ -79,8 +80,8 @@ def test_an_epochs_last_step_may_be_short() -> None:
 
 
 @pytest.mark.parametrize("budget", [13, 20, 50, 1000])
-def test_a_token_budget_is_never_exceeded_and_filled_while_the_next_document_fits(budget: int) -> None:
-    made = by_tokens(budget, accumulate=1)
+def test_in_order_a_token_budget_is_filled_while_the_next_document_fits(budget: int) -> None:
+    made = by_tokens(budget, accumulate=1, packing="in_order")
     lengths = [len(d.tokens) for d in made.documents]
     epoch = [made.indices(step)[0] for step in range(1, made.steps(1) + 1)]
     sizes = [sum(lengths[i] for i in micro) for micro in epoch]
@@ -89,8 +90,9 @@ def test_a_token_budget_is_never_exceeded_and_filled_while_the_next_document_fit
         assert size + lengths[following[0]] > budget
 
 
-def test_a_document_longer_than_the_budget_is_a_micro_batch_of_its_own() -> None:
-    made = by_tokens(5, accumulate=1)
+@pytest.mark.parametrize("packing", ["in_order", "best_fit"])
+def test_a_document_longer_than_the_budget_is_a_micro_batch_of_its_own(packing: str) -> None:
+    made = by_tokens(5, accumulate=1, packing=packing)
     long = {i for i, d in enumerate(made.documents) if len(d.tokens) > 5}
     for step in range(1, made.steps(1) + 1):
         [micro] = made.indices(step)

@@ -105,10 +105,23 @@ def test_padded_rows_are_masked_on_the_right() -> None:
     assert batch.inputs["input_ids"][0].tolist() == [*documents[0].tokens, 0, 0]
 
 
-def test_a_batch_moves_whole() -> None:
+def test_a_batch_moves_whole_but_for_the_boundaries_which_every_layer_reads_on_the_host() -> None:
     moved = pack(texts(LENGTHS)).to("meta")
+    edges = moved.inputs.pop("cu_seqlens")
     assert all(t.is_meta for t in (*moved.inputs.values(), moved.positions, moved.targets))
+    assert edges.tolist() == [0, 5, 6, 15, 17, 24]
     assert (moved.real_tokens, moved.rows) == (24, (100, 101, 102, 103, 104))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("collate", [pack, pad])
+def test_a_pinned_batch_is_the_same_batch(collate: Any) -> None:
+    batch: Batch = collate(texts(LENGTHS))
+    pinned = batch.pinned()
+    for name, tensor in {"positions": batch.positions, "targets": batch.targets, **batch.inputs}.items():
+        found = {"positions": pinned.positions, "targets": pinned.targets, **pinned.inputs}[name]
+        assert torch.equal(found, tensor)
+        assert found.is_pinned() or name == "cu_seqlens"
 
 
 def test_packed_logits_are_the_separate_ones(packed: Any) -> None:

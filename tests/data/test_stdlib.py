@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -114,6 +116,52 @@ def test_lines_are_python_s_lines_whatever_else_breaks_a_line(tmp_path: Path) ->
     area, _, region = stdlib.functions(tmp_path)
     assert area.source.startswith("def area(")
     assert region.source == area.source.replace("area", "region")
+
+
+def test_functions_are_found_wherever_they_stand_and_in_the_order_of_the_source(tmp_path: Path) -> None:
+    function = MODULE.split("@decorated\n")[1].split("\nclass")[0]
+    places = ("if x:", "else:", "try:", "except ValueError:", "else:", "finally:", "with x:", "for i in x:", "while x:")
+    text = "".join(
+        f"{place}\n{indent(function.replace('area', f'area{n}'), '    ')}\n" for n, place in enumerate(places)
+    )
+    text += f"match x:\n    case 1:\n{indent(function.replace('area', 'area9'), ' ' * 8)}\n"
+    text += f"def outer():\n{indent(function.replace('area', 'area10'), '    ')}\n    return area10\n"
+    write(tmp_path, "places.py", text)
+    found = [function.source.partition("(")[0] for function in stdlib.functions(tmp_path)]
+    assert found == [f"def area{n}" for n in range(11)]
+
+
+def test_what_was_found_is_found_again_without_parsing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "lib", "shapes.py", MODULE)
+    found = stdlib.functions(tmp_path / "lib", tmp_path / "cache")
+    assert found == stdlib.functions(tmp_path / "lib")
+    monkeypatch.setattr(ast, "parse", lambda content: pytest.fail("parsed again"))
+    assert stdlib.functions(tmp_path / "lib", tmp_path / "cache") == found
+
+
+def test_a_source_that_has_changed_is_parsed_again(tmp_path: Path) -> None:
+    write(tmp_path / "lib", "shapes.py", MODULE)
+    stdlib.functions(tmp_path / "lib", tmp_path / "cache")
+    write(tmp_path / "lib", "shapes.py", MODULE.replace("area", "size"))
+    [first, _] = stdlib.functions(tmp_path / "lib", tmp_path / "cache")
+    assert first.source.startswith("def size")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[:-9], lambda raw: raw.replace(b"canvas", b"carpet"), lambda raw: b""]
+)
+def test_a_kept_file_that_is_damaged_is_not_believed(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    write(tmp_path / "lib", "shapes.py", MODULE)
+    found = stdlib.functions(tmp_path / "lib", tmp_path / "cache")
+    [kept] = (tmp_path / "cache").iterdir()
+    kept.write_bytes(damage(kept.read_bytes()))
+    assert stdlib.functions(tmp_path / "lib", tmp_path / "cache") == found
+
+
+def test_a_cache_that_cannot_be_written_to_is_done_without(tmp_path: Path) -> None:
+    write(tmp_path, "lib/shapes.py", MODULE)
+    write(tmp_path, "cache", "a file")
+    assert len(stdlib.functions(tmp_path / "lib", tmp_path / "cache")) == 2
 
 
 def test_the_library_gives_thousands_of_pairs_that_parse(library: list[stdlib.Function]) -> None:
