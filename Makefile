@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench bench-cuda clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -35,8 +35,13 @@ test: lint  ## set-up, lint, types and the fast tests
 test-all: lint  ## every test that this machine can run
 	$(BIN)/python -m pytest -m "not cuda"
 
-bench: setup  ## the CPU figures of benchmarks/README.md
-	$(BIN)/python benchmarks/vs_peft.py
+bench: setup  ## the CPU figures of benchmarks/README.md; ARGS="--write" renews it, ARGS="peers saved" measures some
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-cuda: setup  ## the same on a GPU, eight minutes a call: repeat it until nothing is left; ARGS=7b-peft for one piece
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]' trl liger-kernel
+	$(BIN)/python benchmarks/bench.py --cuda $(ARGS)
 
 clean:  ## remove the environment, build output and caches in the checkout (the model cache and outputs/ stay)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -38,7 +38,7 @@ def line(pair: Pair, warmup: int) -> str:
     peer, ours = pair.peer.tokens_per_s(warmup), pair.ours.tokens_per_s(warmup)
     return (
         f"{peer:,.0f} → {ours:,.0f} real tokens/s ({ours / peer:.2f}×), "
-        f"{pair.peer.peak_rss_mb:,.0f} → {pair.ours.peak_rss_mb:,.0f} MB, other processes {pair.others:.0%}"
+        f"{pair.peer.peak_mb:,.0f} → {pair.ours.peak_mb:,.0f} MB, other processes {pair.others:.0%}"
     )
 
 
@@ -47,7 +47,7 @@ def markdown(pairs: Sequence[Pair], warmup: int, about: Mapping[str, Any]) -> st
     peers, ours = [pair.peer for pair in pairs], [pair.ours for pair in pairs]
     speeds = [[one.tokens_per_s(warmup) for one in arm] for arm in (peers, ours)]
     times = [[one.seconds_a_step(warmup) for one in arm] for arm in (peers, ours)]
-    memory = [[one.peak_rss_mb for one in arm] for arm in (peers, ours)]
+    memory = [[one.peak_mb for one in arm] for arm in (peers, ours)]
     work = [[sum(one.positions[warmup:]) / len(one.positions[warmup:]) for one in arm] for arm in (peers, ours)]
     rows = [
         ("", "PEFT + Trainer", "lowrank", "ratio", "goal"),

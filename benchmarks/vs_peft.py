@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shlex
-import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,8 +19,9 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, not the one above it
 
-from benchmarks import arm, table  # noqa: E402
+from benchmarks import arm, processes, table  # noqa: E402
 from benchmarks.arm import Result  # noqa: E402
+from benchmarks.processes import environment, machine  # noqa: E402
 from benchmarks.task import Task  # noqa: E402
 
 SCRIPT = "benchmarks/vs_peft.py"
@@ -82,54 +80,26 @@ def command(arguments: list[str]) -> str:
     return shlex.join([*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", SCRIPT, *arguments])
 
 
-def environment(threads: int | None) -> dict[str, str]:
-    """The arms' environment: nothing is fetched, and both have the same threads."""
-    changed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if threads:
-        changed |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return {**os.environ, **changed}
-
-
 def measure(task: Task, count: int, env: dict[str, str]) -> list[Pair]:
     """Alternating runs, peer first. SystemExit where an arm fails or the two did not do the same work."""
     pairs = []
     with TemporaryDirectory(prefix="vs-peft-") as folder:
         task.write(Path(folder))
-        process("benchmarks.task", folder, env)
+        result("benchmarks.task", folder, env)
         for number in range(1, count + 1):
-            peer, meanwhile = run(PEER, folder, env)
-            ours, meantime = run(OURS, folder, env)
+            theirs, mine = result(PEER, folder, env), result(OURS, folder, env)
+            peer, ours = arm.read(theirs.output), arm.read(mine.output)
             refuse_different_work(peer, ours)
-            pairs.append(Pair(peer, ours, max(meanwhile, meantime)))
+            pairs.append(Pair(peer, ours, max(theirs.others, mine.others)))
             print(f"pair {number} of {count}: {table.line(pairs[-1], task.warmup)}", file=sys.stderr, flush=True)
     return pairs
 
 
-def run(module: str, folder: str, env: dict[str, str]) -> tuple[Result, float]:
-    """An arm's result, and the share of the machine's time that other processes took while it ran."""
-    started, busy, own = time.monotonic(), busy_seconds(), children_seconds()
-    output = process(module, folder, env)
-    others = (busy_seconds() - busy) - (children_seconds() - own)
-    return arm.read(output), max(0.0, others / (time.monotonic() - started) / (os.cpu_count() or 1))
-
-
-def process(module: str, folder: str, env: dict[str, str]) -> str:
-    """The standard output of ``python -m module folder``."""
-    done = subprocess.run([sys.executable, "-m", module, folder], cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{done.stderr}\n{module}: exit code {done.returncode}")
-    return done.stdout
-
-
-def busy_seconds() -> float:
-    """CPU time the whole machine has spent on anything since it started, time stolen by its host included."""
-    user, nice, system, _idle, _wait, irq, soft, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
-    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def children_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def result(module: str, folder: str, env: dict[str, str]) -> processes.Done:
+    done = processes.run(module, Path(folder), env=env)
+    if done.failed:
+        raise SystemExit(f"{module}: {done.failed}")
+    return done
 
 
 def refuse_different_work(peer: Result, ours: Result) -> None:
@@ -145,19 +115,6 @@ def refuse_different_work(peer: Result, ours: Result) -> None:
 
 def differs(what: str, peer: Result, ours: Result) -> bool:
     return bool(getattr(peer, what) != getattr(ours, what))
-
-
-def machine() -> dict[str, object]:
-    """The processor, what of its features decides over matrix products, and how many cores this process may use."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    about = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
-    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
-    flags = about.get("flags", "").split()
-    return {
-        "cpu": about.get("model name", "unknown"),
-        "cores": len(os.sched_getaffinity(0)),
-        "flags": [flag for flag in wanted if flag in flags],
-    }
 
 
 if __name__ == "__main__":

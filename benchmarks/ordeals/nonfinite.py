@@ -128,12 +128,15 @@ def ours(ground: Ground, plant: Plant, folder: Path) -> Callable[[], None]:
         run = run.having("model=hf", f"model.name={broken_base(ground, plant, folder)}")
 
     def act() -> None:
-        real, calls = session.target_loss, itertools.count(1)
+        make_loop, calls = session.Session.make_loop, itertools.count(1)
 
-        def loss(model: nn.Module, batch: Any) -> Tensor:
-            return planted(plant, model, lambda: real(model, batch), next(calls))
+        def with_plant(self: session.Session, clock: Any) -> Any:
+            loop = make_loop(self, clock)
+            real = loop.loss
+            loop.loss = lambda model, batch: planted(plant, model, lambda: real(model, batch), next(calls))
+            return loop
 
-        session.target_loss = loss
+        session.Session.make_loop = with_plant  # type: ignore[method-assign]
         if plant.what.startswith("penalty"):
             session.Session.penalty = lambda self: penalty(self.loop, plant)  # type: ignore[method-assign, assignment]
         run.program(folder)

@@ -24,7 +24,7 @@ SMALL = (
     *("eval.before=false", "eval.limit=2", "eval.generate.limit=1", "eval.generate.max_new_tokens=2"),
     *(f"checkpoint.every={EVERY}", "checkpoint.keep=2"),
 )
-TIMES = re.compile(rb'"(tokens_per_s|peak_memory_mb|seconds)": [^,}]+')
+TIMES = re.compile(rb'"(tokens_per_s|(predicted_)?peak_memory_mb|seconds)": [^,}]+')
 BACKGROUND = ("checkpoint.background=true",)
 
 

@@ -27,7 +27,7 @@ RESULT = Result(
     positions=[200, 200, 400],
     token_hashes=["a", "b", "c"],
     trainable_parameters=7,
-    peak_rss_mb=1000.0,
+    peak_mb=1000.0,
     threads=1,
     versions={"torch": "2"},
 )
@@ -70,7 +70,7 @@ def test_warm_up_steps_and_padding_do_not_count_in_the_speed() -> None:
 
 def test_a_ratio_is_the_median_over_pairs_of_ours_by_theirs() -> None:
     pairs = [
-        Pair(RESULT, replace(RESULT, seconds=[1.0, 4.0 / times, 0.0], peak_rss_mb=share * 1000), 0.0)
+        Pair(RESULT, replace(RESULT, seconds=[1.0, 4.0 / times, 0.0], peak_mb=share * 1000), 0.0)
         for times, share in ((1.5, 0.5), (3.0, 0.4), (2.5, 0.3))
     ]
     about = {
@@ -102,4 +102,4 @@ def test_a_ratio_is_the_median_over_pairs_of_ours_by_theirs() -> None:
 def test_arms_that_did_not_do_the_same_work_are_not_compared(other: Result) -> None:
     with pytest.raises(SystemExit, match="did not do the same work"):
         refuse_different_work(RESULT, other)
-    refuse_different_work(RESULT, replace(RESULT, arm="lowrank", peak_rss_mb=1.0))
+    refuse_different_work(RESULT, replace(RESULT, arm="lowrank", peak_mb=1.0))
