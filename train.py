@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import sys
@@ -16,6 +17,7 @@ from lowrank.train.stopping import Stopping
 
 os.environ.setdefault("LOWRANK_OUTPUTS", str(Path(__file__).resolve().parent / "outputs"))
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises; what a user reads is ours
+gc.set_threshold(50_000)  # new objects: a start makes millions that stay, and looking through them was a fifth of it
 stopping = Stopping()
 
 
@@ -27,6 +29,10 @@ def main(node: DictConfig) -> None:
         from lowrank import run  # imports torch, which --help and --cfg do not wait for
         from lowrank.report import terminal
 
+        if config.planning(node):
+            for text in run.plan(settings, folder):
+                print(text)
+            return
         command = shlex.join(["python", "train.py", *HydraConfig.get().overrides.task])
         done = run.train(settings, folder, command, stopping)
         terminal.closing(folder, done.summary, done.samples)

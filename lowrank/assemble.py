@@ -16,25 +16,30 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lowrank import classes, schema
+from lowrank import classes, fast, schema
 from lowrank.adapters.base import Adapter
 from lowrank.adapters.expected import valueless
 from lowrank.adapters.inject import apply, hooks, named_trainable, names_parameter
 from lowrank.adapters.plan import Factory, InjectionPlan, Rules, class_and_options, plan
+from lowrank.adapters.sites import adapted
 from lowrank.data import chat, sources
 from lowrank.data.order import Batches
 from lowrank.data.pack import Batch, Document, pack, pad
 from lowrank.errors import ConfigError, OutOfMemory
 from lowrank.eval.generate import room, taken
 from lowrank.evaluate import Evaluator
-from lowrank.fast import linear
+from lowrank.fast import heap, linear
+from lowrank.fast.compile import compile_blocks
 from lowrank.fast.loss import chunked
+from lowrank.fast.offload import Offload
+from lowrank.fast.recompute import recompute
 from lowrank.models import attention
 from lowrank.models import load as models
+from lowrank.models.cache import cache
 from lowrank.quant.convert import load_quantized, quantize, report
 from lowrank.schema import Config
 from lowrank.track import writer_class
-from lowrank.train import optim
+from lowrank.train import in_backward, optim
 from lowrank.train import precision as precisions
 from lowrank.train.loss import target_loss
 from lowrank.train.schedule import Schedule, schedule
@@ -64,6 +69,10 @@ class Parts:
 def parts(config: Config) -> Parts:
     """Raises ConfigError for a model that is not there, targets that match nothing, a device that is missing."""
     device = resolve_device(config.loop.device)
+    if config.loop.offload and device.type != "cuda":
+        raise ConfigError(f"loop.offload: true is not allowed on {device.type}; false, or loop.device=cuda.")
+    if config.loop.compile != "off" and device.type != "cuda":
+        raise ConfigError(f"loop.compile: block is not allowed on {device.type}; off, or loop.device=cuda.")
     precision = precisions.resolve(config.loop.precision, device)
     if config.track.kind != "none":
         writer_class(config.track.kind)
@@ -74,8 +83,17 @@ def parts(config: Config) -> Parts:
     # The optimizer's rules go by the names that will train: tried on the skeleton, before a weight is read.
     names = named_trainable(apply(bare, planned))
     optim.groups(names, config.optim.groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+    check_optimizer(config, device)
     dtype = resolve_dtype(config, precision, planned)
     return Parts(config, device, precision, dtype, planned, tokenizer)
+
+
+def check_optimizer(config: Config, device: torch.device) -> None:
+    """Raises ConfigError for an optimizer that this device, or a step within backward, cannot have."""
+    cls = classes.resolve(config.optim.target, torch.optim.Optimizer, "optim._target_")
+    optim.refuse_paged(cls, device)
+    if config.optim.in_backward:
+        in_backward.refuse(cls)
 
 
 def refuse_too_large(model: nn.Module, planned: InjectionPlan, device: torch.device) -> None:
@@ -108,7 +126,7 @@ class Data:
 
 def data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Raises DataError for what a file, a column or a row has wrong."""
-    split = sources.load(config.data)
+    split = sources.load(config.data, cache())
     kept: dict[str, list[chat.Example]] = {}
     notes = [*split.notes]
     for what, records in (("train", split.train), ("eval", split.eval)):
@@ -200,8 +218,15 @@ class Loaded:
 
 
 def load(parts: Parts) -> Loaded:
+    if parts.device.type == "cpu":
+        heap.bound()
+    return ready(parts, base(parts.config, parts.dtype))
+
+
+def ready(parts: Parts, model: Any) -> Loaded:
+    """A base whose weights are there, frozen on its device and set up as the configuration says."""
     config = parts.config
-    model: Any = base(config, parts.dtype).to(parts.device).requires_grad_(False)
+    model = model.to(parts.device).requires_grad_(False)
     notes = [str(report(model))] if config.quant.kind == "nf4" else []
     fast = linear.fuse(model) if config.loop.fast else "off"
     plain = model.config._attn_implementation
@@ -209,11 +234,17 @@ def load(parts: Parts) -> Loaded:
     if why_not:
         notes.append(f"documents are padded, not packed: {why_not}")
         model.set_attn_implementation(plain)
-    if config.loop.gradient_checkpointing:
-        # transformers 5.2x renames it; the first argument is torch.utils.checkpoint's in both
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
     return Loaded(model, pad if why_not else pack, fast, tuple(notes))
+
+
+def quickened(parts: Parts, model: nn.Module) -> str:
+    """Puts a model that has its adapters on the fast path, and recomputes, as the configuration says; the line that
+    tells of both."""
+    loop = parts.config.loop
+    path = fast.fuse(model) if loop.fast else "fast path: off (loop.fast=false)"
+    again = recompute(model, loop.gradient_checkpointing, Offload(parts.device) if loop.offload else None)
+    compiled = compile_blocks(model) if loop.compile == "block" else ""
+    return "; ".join(part for part in (path, again, compiled) if part)
 
 
 def base(config: Config, dtype: torch.dtype) -> nn.Module:
@@ -235,13 +266,23 @@ def check_length(parts: Parts, data: Data) -> None:
     the longest text not the positions that a method's own rows leave."""
     steps, _ = steps_and_schedule(parts.config, batches(parts.config, data, pack))
     model = apply(skeleton(parts.config), parts.plan)
-    hooks(model, steps)
+    over_time = hooks(model, steps)
+    if parts.config.optim.in_backward:
+        refuse_all_gradients(model, over_time)
     left, longest = room(model), max(len(example.tokens) for example in (*data.train, *data.eval))
     if taken(model) and left is not None and longest > left:
         raise ConfigError(
             f"data.max_length: a text of {longest:,} tokens exceeds the {left:,} of the model's positions that "
             f"adapter.length leaves. Lower one of the two."
         )
+
+
+def refuse_all_gradients(model: nn.Module, over_time: Sequence[Any]) -> None:
+    """Raises ConfigError, for ``optim.in_backward``, where a method wants all gradients before the first is used."""
+    penalised = (type(one.adapter) for _, one in adapted(model) if type(one.adapter).penalty is not Adapter.penalty)
+    who = next((cls.__name__ for cls in (*penalised, *map(type, over_time))), None)
+    if who is not None:
+        raise ConfigError(f"optim.in_backward: true is not allowed; false, because {who} needs all gradients together.")
 
 
 def batches(config: Config, data: Data, collate: Callable[[Sequence[Document]], Batch]) -> Batches:
@@ -252,6 +293,7 @@ def batches(config: Config, data: Data, collate: Callable[[Sequence[Document]], 
         seed=loop.seed,
         micro_batch=loop.micro_batch,
         micro_batch_tokens=loop.micro_batch_tokens,
+        packing=loop.packing,
         accumulate=loop.accumulate,
     )
 

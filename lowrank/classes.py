@@ -96,7 +96,7 @@ def check_optimizer(target: str, fixed: dict[str, Any], given: dict[str, Any]) -
     import torch
 
     cls = find(target, "optim")
-    check_options("optim", given, cls, [*fixed, "groups"])
+    check_options("optim", given, cls, [*fixed, "groups", "in_backward"])
     attempt("optim", lambda chosen: cls([torch.nn.Parameter(torch.zeros(1))], **fixed, **chosen), given)
 
 

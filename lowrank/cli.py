@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank import compose
+from lowrank.commands.bench import bench, measuring
 from lowrank.commands.talk import chat, generate, opened
 from lowrank.errors import ConfigError, RefusedError
 
@@ -16,6 +17,8 @@ EXAMPLES = """examples:
   lowrank inspect data data=jsonl data.path=my.jsonl      rows as the model reads them, targets marked
   lowrank inspect plan adapter.targets=[q_proj,v_proj]    which sites an adapter would go on
   lowrank inspect plan outputs/A outputs/B                what differs between the plans of two runs
+  lowrank plan model=tiny_llama loop.micro_batch=4        what a run would need, and how fast it would be
+  lowrank plan --budget 24GiB adapter.r=64                which settings fit so much memory, the fastest first
   lowrank inspect adapter outputs/RUN                     what was learnt, site by site
   lowrank generate outputs/RUN "Write a haiku."           the tuned model's answer, alone on standard output
   lowrank chat outputs/RUN                                the same, turn by turn
@@ -27,6 +30,7 @@ EXAMPLES = """examples:
   lowrank replay outputs/RUN                              does the run come out the same, bit for bit
   lowrank combine FOLDER outputs/A=0.5 outputs/B=0.5      one adapter of several
   lowrank check my_module:MyAdapter r=4                   does a method keep its promises
+  lowrank bench --against loop.fast=false --repeats 5     which of two trains faster, in how much memory
 """
 
 
@@ -56,6 +60,10 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     looking(add("inspect", inspect, "look at data, a plan, or what an adapter has learnt", run=False))
+    look = add("plan", plan, "what a run would need, and how fast it would be; nothing is trained", run=False)
+    look.add_argument("overrides", nargs="*", help="as for train.py")
+    look.add_argument("--budget", metavar="SIZE", help="list the settings that fit it: 24GiB, 24GB, 800MB")
+    look.add_argument("--no-speed", action="store_true", help="do not measure this machine (ten seconds, once)")
     one = add("generate", generate, "print the tuned model's text for a prompt")
     one.add_argument("prompt", help="the instruction, in the run's own template; - reads it from standard input")
     one.add_argument("--input", default="", help="the template's input block")
@@ -75,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     again = add("replay", replay, "train the first steps again, elsewhere, and compare them bit for bit")
     again.add_argument("--steps", type=int, default=20, help="how many (20); weights are compared at the first 20")
     combining(add("combine", combine, "write one adapter made of several", run=False))
+    measuring(add("bench", bench, "measure how fast a configuration trains, in a process of its own", run=False))
     test = add("check", check, "hold an adapter class to what it promises", run=False)
     test.add_argument("adapter", help="my_package.my_module:MyAdapter")
     test.add_argument("overrides", nargs="*", metavar="OPTION=VALUE", help="options of its constructor")
@@ -136,6 +145,13 @@ def inspect(arguments: Any) -> None:
     data = assemble.data(config, parts.tokenizer)
     color = looks.wants_color(sys.stdout)
     print(looks.data_masks(data.train, parts.tokenizer, arguments.limit, color=color))
+
+
+def plan(arguments: Any) -> None:
+    from lowrank.commands.plan import plan as planned
+
+    for text in planned(arguments.overrides, arguments.budget, measured=not arguments.no_speed):
+        print(text, flush=True)
 
 
 def show_plans(folders: Sequence[Path]) -> None:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lowrank import config
-from lowrank.errors import ConfigError, Interrupted, LowrankError, OutOfMemory, did_you_mean
+from lowrank.errors import ConfigError, Interrupted, LowrankError, OutOfMemory, did_you_mean, out_of_memory
 from lowrank.rules import unknown_key
 from lowrank.schema import GROUPS, Config
 from lowrank.secrets import redacted
@@ -170,7 +170,7 @@ def translate(error: BaseException) -> LowrankError:
             return ConfigError(f"not valid YAML: {error.problem}{error.problem_mark or ''}.")
         case ValueError() if raised_in_hydra(error):
             return ConfigError(reword(str(error)))
-        case RuntimeError() | MemoryError() if out_of_memory(error):
+        case Exception() if out_of_memory(error):
             return OutOfMemory(f"out of memory: {str(error).strip().partition(chr(10))[0] or type(error).__name__}")
         case OSError() if error.errno in MACHINE:
             return LowrankError(f"{error.filename}: {os.strerror(error.errno)}.")
@@ -186,12 +186,6 @@ def reporting(folder: Path | None = None) -> Iterator[None]:
         if folder is not None:
             discard(folder)
         sys.exit(report(error))
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a device or the machine; torch's own error is known by its name."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return bool(names & {"OutOfMemoryError", "MemoryError"}) or "DefaultCPUAllocator" in str(error)
 
 
 def report(error: BaseException) -> int:

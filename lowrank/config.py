@@ -19,16 +19,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lowrank.classes import check_adapter, check_optimizer, options, resolve
 from lowrank.errors import ConfigError, RefusedError
-from lowrank.rules import ANY, OWNERS, RELATIONS, RULES, read_group, refuse, unknown_key
+from lowrank.rules import ANY, FLAG, OWNERS, RELATIONS, RULES, read_group, refuse, unknown_key
 from lowrank.schema import FREE, GROUPS, NESTED, OPEN, Config
 from lowrank.secrets import redacted_tree
 
-__all__ = ["Config", "key_error", "parse", "resolve", "sentence"]
+__all__ = ["Config", "key_error", "parse", "planning", "resolve", "sentence"]
+
+PLAN = "plan"  # the key beside the groups
 
 
 def parse(node: DictConfig | Mapping[str, Any]) -> Config:
     """The configuration of a composed YAML tree. Raises ConfigError for the first key or value that is wrong."""
-    tree = plain(node)
+    tree = {key: value for key, value in plain(node).items() if key != PLAN}
     check_keys("", tree, GROUPS)
     config = Config(**{name: read(cls, name, tree.get(name)) for name, cls in GROUPS.items()})
     for path, kinds in OWNERS.items():
@@ -44,6 +46,12 @@ def parse(node: DictConfig | Mapping[str, Any]) -> Config:
     optim = config.optim
     check_optimizer(optim.target, {"lr": optim.lr, "weight_decay": optim.weight_decay}, optim.options)
     return config
+
+
+def planning(node: DictConfig | Mapping[str, Any]) -> bool:
+    """Whether a composed YAML tree asks for the dry run: ``plan`` is no part of a configuration, but what is done with
+    it. Raises ConfigError where it is neither true nor false."""
+    return bool(FLAG.read(PLAN, node.get(PLAN, False)))
 
 
 def load(path: Path) -> Config:

@@ -7,6 +7,8 @@ Any other exception is a bug, ours or a user's adapter's, and keeps its full tra
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
 
 
@@ -62,3 +64,20 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """`` Did you mean 'lr'?`` or the empty string, ready to append to a sentence."""
     found = nearest(name, allowed)
     return f" Did you mean '{found}'?" if found else ""
+
+
+NO_MEMORY = re.compile(r"out of memory|(cannot|can't) allocate memory|bad_alloc|alloc_failed", re.IGNORECASE)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or the machine: torch's own errors are known by their names, those of
+    the libraries below it by what they say, wherever in the chain of causes they stand."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if {cls.__name__ for cls in type(chain).__mro__} & {"OutOfMemoryError", "MemoryError"}:
+            return True
+        machine = isinstance(chain, (RuntimeError, OSError)) or type(chain).__name__ == "SafetensorError"
+        if machine and (getattr(chain, "errno", None) == errno.ENOMEM or NO_MEMORY.search(str(chain))):
+            return True
+        chain = chain.__cause__
+    return False

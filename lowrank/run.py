@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,9 @@ from lowrank.assemble import Data, Loaded, Parts
 from lowrank.config import load as load_config
 from lowrank.data.chat import Example
 from lowrank.errors import ConfigError, DataError, RefusedError
+from lowrank.ledger import predict
+from lowrank.ledger.calibrate import expected as expected_speed
+from lowrank.ledger.shortage import Shortage
 from lowrank.models.fingerprint import base_id, fingerprint
 from lowrank.record import directory, lock
 from lowrank.record.directory import Log
@@ -184,25 +187,60 @@ def train(config: Config, folder: str | Path, command: str | None = None, stoppi
     with (stopping or Stopping()).installed() as stopping, stopping.at_once(), lock.owned(folder):
         resuming.refuse_second_run(config, folder)
         resuming.check_allowed(config, folder)
-        parts, data, loaded = assembled(config, log)
-        session = Session(parts, data, loaded, folder, log, command, stopping)
-        if session.finished:
-            log.say(f"{folder}: this run is done; nothing to resume.")
-            return open(folder)
-        session.run()
+        parts, data = read(config, log)
+        shortage = Shortage.of(parts, data)
+        if warning := shortage.warning():
+            log.say(warning)
+        with shortage.told():
+            loaded = load(parts, log)
+            session = Session(parts, data, loaded, folder, log, command, stopping, shortage)
+            if session.finished:
+                log.say(f"{folder}: this run is done; nothing to resume.")
+                return open(folder)
+            session.run()
     run = Run(folder)
     run.__dict__.update(config=config, parts=parts, loaded=loaded, model=loaded.model)
     return run
 
 
+def plan(config: Config, folder: str | Path) -> Iterator[str]:
+    """The dry run, as it is found: the injection plan, then the ledger, which is written to ``folder`` as what is
+    predicted of a run there. Reads the data and no weight. Raises the errors of ``lowrank.errors``."""
+    folder = Path(folder)
+    with lock.owned(folder):
+        resuming.refuse_second_run(config, folder)
+        parts = assemble.parts(config)
+        yield str(parts.plan)
+        data = assemble.data(config, parts.tokenizer)
+        assemble.check_length(parts, data)
+        ledger = predict(parts, data)
+        told = directory.read_json(folder / directory.LEDGER)
+        directory.write_json(folder / directory.LEDGER, {**told, "predicted": ledger.to_dict()})
+        yield str(ledger)
+        if (speed := expected_speed(parts, data)) is not None:
+            predicted = replace(ledger, tokens_per_s=speed.tokens_per_s).to_dict()
+            directory.write_json(folder / directory.LEDGER, {**told, "predicted": predicted})
+            yield str(speed)
+
+
 def assembled(config: Config, log: Log) -> tuple[Parts, Data, Loaded]:
     """All that a session is made of, each told of as soon as it is known."""
+    parts, data = read(config, log)
+    return parts, data, load(parts, log)
+
+
+def read(config: Config, log: Log) -> tuple[Parts, Data]:
+    """What is known before a weight is read."""
     parts = assemble.parts(config)
     log.say(str(parts))
     data = assemble.data(config, parts.tokenizer)
     log.say(str(data))
     assemble.check_length(parts, data)
+    return parts, data
+
+
+def load(parts: Parts, log: Log) -> Loaded:
     loaded = assemble.load(parts)
     for note in (*parts.plan.notes, *loaded.notes):
         log.say(note)
-    return parts, data, loaded
+    return loaded

@@ -63,6 +63,7 @@ class Optim:
     weight_decay: float
     groups: list[dict[str, Any]]  # ordered rules {match, lr? or lr_ratio?, weight_decay?}
     options: dict[str, Any]  # every other key: the constructor's
+    in_backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,18 @@ class Loop:
     precision: str
     device: str
     seed: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: str
+    packing: str = "best_fit"  # of micro_batch_tokens
     fast: bool = True
+    offload: bool = False
     max_seconds: float | None = None
     on_nonfinite: str = "stop"
     max_skipped: int = 10  # batches in a row
     trace_nonfinite: bool = False
     average: float | None = None  # decay of the weights' running average
     patience: int | None = None  # evaluations without a better held-out loss
+    profile: int | None = None  # steps under the profiler
+    compile: str = "off"
 
 
 @dataclass(frozen=True)

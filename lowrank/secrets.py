@@ -51,7 +51,11 @@ PATTERNS = tuple(  # what "keep" matches stays; lengths are bounded, so that no 
 
 def redacted(text: str) -> str:
     """``text`` without the secrets that it holds; the same text gives the same one."""
-    for found in spellings(tuple(planted(os.environ))):
+    return without(text, spellings(tuple(planted(os.environ))))
+
+
+def without(text: str, secrets: tuple[str, ...]) -> str:
+    for found in secrets:
         text = text.replace(found, HIDDEN)
     for pattern in PATTERNS:
         text = pattern.sub(rf"\g<keep>{HIDDEN}", text)
@@ -61,16 +65,23 @@ def redacted(text: str) -> str:
 def redacted_tree(value: Any) -> Any:
     """The same mappings and lists with every text in them ``redacted``, keys too; of a key that says that it names a
     secret, the whole text."""
+    return tree_without(value, spellings(tuple(planted(os.environ))))
+
+
+def tree_without(value: Any, secrets: tuple[str, ...]) -> Any:
     if isinstance(value, Mapping):
         return {
-            redacted(key) if isinstance(key, str) else key: (
-                HIDDEN if isinstance(key, str) and isinstance(one, str) and hidden(key, one) else redacted_tree(one)
+            without(key, secrets) if isinstance(key, str) else key: (
+                HIDDEN
+                if isinstance(key, str) and isinstance(one, str) and hidden(key, one)
+                else tree_without(one, secrets)
             )
             for key, one in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return type(value)(redacted_tree(one) for one in value) if type(value) in (list, tuple) else value
-    return redacted(value) if isinstance(value, str) else value
+        plain = type(value) in (list, tuple)
+        return type(value)(tree_without(one, secrets) for one in value) if plain else value
+    return without(value, secrets) if isinstance(value, str) else value
 
 
 def hidden(key: str, value: str) -> bool:

@@ -40,7 +40,7 @@ SHORT = (
     *("checkpoint.every=1", "checkpoint.keep=99", "eval.every=3", "eval.before=false"),
 )
 FP16_OVERFLOWS = ("loop.precision=fp16", "adapter.alpha=1e3", "optim.lr=1.4e-2")  # the loss scale falls again and again
-TIMES = re.compile(rb'"(tokens_per_s|peak_memory_mb|seconds)": [^,}]+')
+TIMES = re.compile(rb'"(tokens_per_s|(predicted_)?peak_memory_mb|seconds)": [^,}]+')
 PLACES = ("metrics_bytes", "metrics", "digests", "identity", "seconds")  # of bytes that hold times; what may differ
 MADE_AT_THE_END = ("summary.json", "samples.jsonl", "spectra.json", "report.html")
 
@@ -207,7 +207,7 @@ def ended(folder: Path) -> dict[str, Any]:
             found |= {f"{name}:{number}": row for number, row in enumerate(rows, 1)}
     found |= {name: (folder / name).read_bytes() for name in ("spectra.json", "plan.json", "plan.txt")}
     summary = json.loads((folder / "summary.json").read_bytes())
-    timed = ("seconds", "tokens_per_s", "peak_memory_mb", "command")
+    timed = ("seconds", "tokens_per_s", "peak_memory_mb", "predicted_peak_memory_mb", "command")
     return found | {f"summary.json: {n}": v for n, v in leaves(summary).items() if n not in timed}
 
 

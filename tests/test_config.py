@@ -97,7 +97,13 @@ def test_demo_and_other_overrides_combine() -> None:
         ("loop.device", "gpu", "'gpu' is not allowed; auto, cpu, cuda or cuda:N. Did you mean 'cpu'?"),
         ("loop.device", "cuda:", "'cuda:' is not allowed; auto, cpu, cuda or cuda:N. Did you mean 'cuda'?"),
         ("loop.seed", -1, "-1 is not allowed; an integer, 0 or more."),
-        ("loop.gradient_checkpointing", "yes", "'yes' is not allowed; true or false."),
+        (
+            "loop.gradient_checkpointing",
+            "blok",
+            "'blok' is not allowed; one of off, block, selective. Did you mean 'block'?",
+        ),
+        ("loop.gradient_checkpointing", 1, "1 is not allowed; one of off, block, selective."),
+        ("loop.offload", True, "true is not allowed; false, unless loop.gradient_checkpointing=block."),
         ("schedule.warmup", -1, "-1 is not allowed; a number of steps, or a fraction below 1."),
         ("schedule.warmup", 1.5, "1.5 is not allowed; a number of steps, or a fraction below 1."),
         ("schedule.options", [1], "[1] is not allowed; a mapping."),
@@ -167,7 +173,7 @@ def test_the_edges_of_what_is_allowed_are_allowed(tree: dict[str, Any], path: st
     [
         ("lop", "unknown key. Did you mean 'loop'? Allowed: model, quant, adapter, data, optim,"),
         ("loop.step", "unknown key. Did you mean 'steps'? Allowed: steps, epochs,"),
-        ("optim.lrr", "unknown key. Did you mean 'lr'? Allowed: lr, weight_decay, groups, betas, eps,"),
+        ("optim.lrr", "unknown key. Did you mean 'lr'? Allowed: lr, weight_decay, groups, in_backward, betas,"),
         (
             "adapter.rr",
             "unknown key. Did you mean 'r'? Allowed: targets, exclude, r, alpha, dropout, rslora, init, freeze_a.",

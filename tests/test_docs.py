@@ -252,7 +252,7 @@ def flat(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Any:
     folder = tmp_path_factory.mktemp("run")
     rows = write_rows(folder / "my.jsonl")
-    more = ["model=tiny_llama", f"data.path={rows}", "loop.steps=2", "checkpoint.every=1"]
+    more = ["model=tiny_llama", f"data.path={rows}", "loop.steps=2", "checkpoint.every=1", "loop.profile=1"]
     return lowrank.train([*SMALL, *more], folder / "run")
 
 

@@ -15,7 +15,7 @@ LAYERS = ("adapters", "models", "config", "data", "train", "eval")
 SCHEMA = ("rules", "classes", "schema")  # what config.py is made of
 USES = ("export", "inspect", "report", "track", "fast")
 # Of the composition.
-PARTS = ("assemble", "evaluate", "record", "session")
+PARTS = ("assemble", "evaluate", "record", "ledger", "session")
 ROOTS = ("run", "commands", "cli", "compose")
 ANYWHERE = (*GROUND, "disk", "manifest", *LAYERS, *SCHEMA, *USES, *PARTS)
 
@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quant": ("errors", "keys"),
     "adapters": GROUND,
     "models": ("errors", "keys", "disk"),
-    "data": ("errors", "keys"),
+    "data": ("errors", "keys", "disk"),
     "manifest": ("disk",),
     "train": ("errors", "keys", "disk", "manifest"),
     "eval": ("errors", "keys"),
@@ -44,6 +44,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "assemble": ANYWHERE,
     "evaluate": ANYWHERE,
     "record": ("errors", "secrets", "foreign", "disk", "manifest", "models"),
+    "ledger": ANYWHERE,
     "session": ANYWHERE,
     "compose": ("errors", "secrets", "config", *SCHEMA),
     "run": (*ANYWHERE, "compose"),

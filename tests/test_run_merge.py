@@ -96,6 +96,6 @@ def test_a_fully_tuned_run_merges_dense(rows: Path, tmp_path: Path, capsys: pyte
     cli.main(["merge", str(full.folder), str(tmp_path / "out")])
     assert capsys.readouterr().out.startswith("merged 0 sites\n")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    ids = torch.tensor([[256, 72, 105]])
-    with torch.no_grad():
-        assert torch.equal(plain(input_ids=ids).logits, lowrank.open(full.folder).model(input_ids=ids).logits)
+    trained = lowrank.open(full.folder).model.state_dict()
+    assert trained.keys() == plain.state_dict().keys()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in plain.state_dict().items())

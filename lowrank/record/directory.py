@@ -17,9 +17,10 @@ from lowrank.secrets import redacted, redacted_tree
 CONFIG, PLAN, PLAN_JSON = "config.yaml", "plan.txt", "plan.json"
 METRICS, DIGESTS, EVENTS = "metrics.jsonl", "digests.jsonl", "events.log"
 SAMPLES, SUMMARY, REPORT = "samples.jsonl", "summary.json", "report.html"
-SPECTRA = "spectra.json"
+SPECTRA, LEDGER = "spectra.json", "ledger.json"
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 IDENTITY, PATCH = "identity.json", "code.patch"
+PROFILE = "profile"
 
 
 def json_line(value: Any) -> str:

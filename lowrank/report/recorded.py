@@ -24,6 +24,8 @@ class Recorded:
     unread: list[str]  # sentences about what could not be read
     ranks: list[dict[str, Any]]  # the rows of a method whose ranks move, as they were written
     spectra: dict[str, Any]  # spectra.json
+    profile: dict[str, Any]  # profile/shares.json
+    ledger: dict[str, Any]  # ledger.json
 
     def column(self, name: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one field of the step rows; a value that is there but not finite is nan."""
@@ -42,8 +44,10 @@ def read(folder: Path) -> Recorded:
     texts = {name: clean(text) for name in TEXTS if (text := _text(folder / name))}
     summary = _completed(_mapping(folder / "summary.json", unread), steps, evals)
     spectra = _mapping(folder / "spectra.json", unread)
+    profile = _mapping(folder / "profile" / "shares.json", unread)
+    ledger = _mapping(folder / "ledger.json", unread)
     samples = _lines(folder / "samples.jsonl", unread)
-    return Recorded(folder, summary, steps, evals, samples, texts, unread, ranks, spectra)
+    return Recorded(folder, summary, steps, evals, samples, texts, unread, ranks, spectra, profile, ledger)
 
 
 def _text(path: Path) -> str:

@@ -12,12 +12,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lowrank.disk import write_text
 from lowrank.errors import RefusedError
-from lowrank.report import charts, figures, learnt
+from lowrank.report import charts, figures, learnt, ledger
 from lowrank.report.recorded import Recorded, read
 
 OPEN = 3  # samples shown at once; the others are folded
 MOST = 200  # samples on a page
 TAIL = 40  # lines of events.log
+KINDS = 20  # rows of a profile
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def page(run: Recorded) -> str:
         charts=charts.draw(run, config),
         changes=figures.changes(run.summary),
         learnt=learnt.notes_of(run.spectra),
+        profile=_profile(run.profile),
+        memory=ledger.lines(run.ledger),
         before=_when(run, "before"),
         after=_when(run, "after"),
         notes=_notes(run),
@@ -141,7 +144,7 @@ def _cards(run: Recorded) -> list[Card]:
         if gain
         else _change_card(changes.get("ROUGE-L"), "ROUGE-L"),
         Card("Speed", figures.fixed(summary.get("tokens_per_s")), "real tokens a second"),
-        Card("Peak memory", figures.megabytes(summary.get("peak_memory_mb"))),
+        Card("Peak memory", figures.megabytes(summary.get("peak_memory_mb")), ledger.expected(summary)),
         Card("Trainable", _millions(trained), share and f"{share} of {_millions(total)} parameters"),
         Card("Duration", figures.duration(summary.get("seconds")), _work(summary)),
     ]
@@ -185,6 +188,17 @@ def _notes(run: Recorded) -> list[str]:
 def _sample(row: dict[str, Any]) -> Sample:
     texts = {name: figures.clean(row.get(name) or "") for name in ("prompt", "reference", "base", "tuned")}
     return Sample(row=figures.clean(row.get("row", "")), **texts)
+
+
+def _profile(told: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Kind of work, its share of a profiled step and its milliseconds; what took no time is left out."""
+    shares, times = figures.mapping(told.get("shares")), figures.mapping(told.get("ms"))
+    rows = []
+    for kind, given in list(shares.items())[:KINDS]:
+        share = figures.number(given)
+        if share is not None and 0 < share <= 1:
+            rows.append((figures.clean(kind), f"{share:.1%}", figures.fixed(times.get(kind), 1)))
+    return rows
 
 
 def _versions(summary: dict[str, Any]) -> list[tuple[str, str]]:

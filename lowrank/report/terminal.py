@@ -16,7 +16,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from lowrank.report import figures
+from lowrank.report import figures, ledger
 
 WIDTH = 100  # columns of a pipe or a file, and the least where the terminal does not say
 LINES = 24  # of one prompt
@@ -96,7 +96,7 @@ def _lines(folder: Path, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     steps, seconds = figures.fixed(summary.get("steps")), figures.duration(summary.get("seconds"))
     return [
         ("speed", f"{speed}, {steps} steps in {seconds}"),
-        ("peak memory", figures.megabytes(summary.get("peak_memory_mb"))),
+        ("peak memory", ledger.peak(summary)),
         ("trainable", share),
         ("run directory", figures.clean(folder)),
         ("report", figures.clean(folder / "report.html")),

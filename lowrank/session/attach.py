@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from lowrank import classes, fast
+from lowrank import classes
 from lowrank.adapters import preflight
 from lowrank.adapters.inject import apply, named_trainable
-from lowrank.assemble import Data, Loaded, Parts
+from lowrank.assemble import Data, Loaded, Parts, quickened
 from lowrank.evaluate import Evaluator
 from lowrank.keys import Clock
-from lowrank.schema import Optim
-from lowrank.train import optim
+from lowrank.schema import Config, Optim
+from lowrank.train import flat, optim
+from lowrank.train.flat import Flat
+from lowrank.train.in_backward import InBackward
 from lowrank.train.loss import target_logits, target_loss
 from lowrank.train.precision import Precision
+from lowrank.train.update import EachParameter, Update
 
 
 def attach(
@@ -45,11 +50,21 @@ def attach(
     loss.backward()
     preflight.check_gradients(model)
     model.zero_grad(set_to_none=True)
-    return fast.fuse(model) if parts.config.loop.fast else "fast path: off (loop.fast=false)"
+    return quickened(parts, model)
 
 
-def optimizer(settings: Optim, model: nn.Module) -> torch.optim.Optimizer:
-    """Over what trains, by ``optim.groups``."""
+def optimizer(settings: Optim, model: nn.Module, *, fast: bool = False) -> torch.optim.Optimizer:
+    """Over what trains, by ``optim.groups``; ``fast``: with torch's fused kernel, where it has one."""
     cls = classes.resolve(settings.target, torch.optim.Optimizer, "optim._target_")
-    made = optim.groups(named_trainable(model), settings.groups, lr=settings.lr, weight_decay=settings.weight_decay)
-    return cls(made, **settings.options)
+    trained = named_trainable(model)
+    made = optim.groups(trained, settings.groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    kernel = optim.fused(cls, settings.options, trained.values()) if fast else {}
+    return cls(made, **kernel, **settings.options)
+
+
+def updating(config: Config, made: torch.optim.Optimizer, say: Callable[[str], None]) -> Update:
+    """How gradients become an update; ``say`` is told where it comes to differ from what that says of itself."""
+    if config.optim.in_backward:
+        return InBackward(made)
+    why = flat.why_not(made) if config.loop.fast else "loop.fast=false"
+    return Flat(made, say) if why is None else EachParameter(made, why)

@@ -32,6 +32,8 @@ PACKAGES = ("lowrank", "torch", "transformers", "tokenizers", "safetensors", "bi
 FREE = (
     *("checkpoint", "eval", "track"),
     *("loop.max_seconds", "loop.on_nonfinite", "loop.max_skipped", "loop.trace_nonfinite", "loop.patience"),
+    "loop.offload",
+    "loop.profile",
     *("data.path", "data.eval_path", "model.name", "model.revision"),
 )
 STEPS = "steps"  # all of the run's, whether loop.steps or loop.epochs says so: what an extension is seen by

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from lowrank import assemble
 from lowrank.adapters import preflight
+from lowrank.adapters.base import Adapter
 from lowrank.adapters.inject import named_trainable
 from lowrank.adapters.sites import adapted, called
 from lowrank.assemble import Data, Loaded, Parts
@@ -17,14 +19,18 @@ from lowrank.config import to_yaml
 from lowrank.disk import write_text
 from lowrank.errors import Interrupted, NumericsError
 from lowrank.evaluate import Evaluation
+from lowrank.fast import heap
 from lowrank.keys import Clock
+from lowrank.ledger.predict import foretold
+from lowrank.ledger.record import Record
+from lowrank.ledger.shortage import Shortage
 from lowrank.models.cache import cache
 from lowrank.models.fingerprint import base_id, fingerprint
 from lowrank.record import directory, source
 from lowrank.record.directory import Log
 from lowrank.report import run as report
 from lowrank.session import outcome, provenance, resuming
-from lowrank.session.attach import attach, optimizer
+from lowrank.session.attach import attach, optimizer, updating
 from lowrank.session.identity import MEASURED, identity, within
 from lowrank.session.watching import Watching
 from lowrank.train import checkpoint
@@ -46,9 +52,11 @@ class Session:
         log: Log,
         command: str | None,
         stopping: Stopping,
+        shortage: Shortage | None = None,
     ) -> None:
         self.parts, self.loaded, self.folder, self.log, self.command = parts, loaded, folder, log, command
-        self.stopping = stopping
+        self.stopping, self.shortage = stopping, shortage
+        self.ledger = Record(folder, parts.device)
         self.data = data
         self.config, self.model = parts.config, loaded.model
         self.precision = Precision(parts.precision, parts.device)
@@ -79,8 +87,11 @@ class Session:
                 raise Interrupted(self.left(before)) from error
             except BaseException as error:
                 self.log.note(traceback.format_exc())
-                self.summarise("failed", before, None, error=f"{type(error).__name__}: {error}")
-                raise
+                known = self.shortage.explained(error) if self.shortage else None
+                self.summarise("failed", before, None, error=str(known or f"{type(error).__name__}: {error}"))
+                if known is None:
+                    raise
+                raise known from error
             finally:
                 self.watching.close()
 
@@ -99,8 +110,9 @@ class Session:
         clock = Clock(self.config.loop.seed)
         state = self.saved.tensors["adapter"] if self.saved else None
         self.fast = attach(self.parts, self.data, self.loaded, self.evaluator, self.precision, clock, state)
-        self.log.say(self.fast)
         self.loop = self.make_loop(clock)
+        self.fast = f"{self.fast}; {self.loop.update}"
+        self.log.say(self.fast)
         preflight.check_trainable(
             self.model, self.parts.plan, [p for g in self.loop.optimizer.param_groups for p in g["params"]]
         )
@@ -110,6 +122,7 @@ class Session:
         with self.stopping.after_step(self.loop):
             self.watching.catch_up(self.saved)
             self.loop.run(self.steps)
+        self.loop.update.release()
         if self.loop.state.step < self.steps and self.stopping.asked:
             raise KeyboardInterrupt
         if self.watching.early.stopped is not None:
@@ -129,8 +142,8 @@ class Session:
             model=self.model,
             parameters=named_trainable(self.model),
             batches=self.order,
-            loss=assemble.loss(self.config),
-            optimizer=optimizer(self.config.optim, self.model),
+            loss=self.ledger.watching(assemble.loss(self.config)),
+            optimizer=optimizer(self.config.optim, self.model, fast=settings.fast),
             schedule=self.schedule,
             precision=self.precision,
             clock=clock,
@@ -140,6 +153,7 @@ class Session:
             max_skipped=settings.max_skipped if settings.on_nonfinite == "skip" else 0,
             trace=settings.trace_nonfinite,
             named=called,
+            updating=partial(updating, self.config, say=self.log.note),
         )
 
     def evaluate_base(self) -> Evaluation:
@@ -154,7 +168,12 @@ class Session:
         return self.evaluator.cached(self.model, depends, cache())
 
     def penalty(self) -> torch.Tensor | float:
-        return sum(module.adapter.penalty() for _, module in adapted(self.model))
+        return sum(adapter.penalty() for adapter in self.penalised)
+
+    @cached_property
+    def penalised(self) -> list[Adapter]:
+        """The adapters that have a penalty: finding them takes longer than a small model's step may."""
+        return [site.adapter for _, site in adapted(self.model) if type(site.adapter).penalty is not Adapter.penalty]
 
     def begin(self, before: Evaluation | None) -> None:
         """The directory's first files, or a checkpoint's state put back."""
@@ -163,6 +182,8 @@ class Session:
         provenance.write(self.folder, self.identity, self.parts, self.command, self.saved)
         write_text(self.folder / directory.PLAN, f"{self.parts.plan}\n")
         directory.write_json(self.folder / directory.PLAN_JSON, self.parts.plan.to_dict())
+        known = self.shortage
+        self.ledger.begin(foretold(known.parts, known.data, known.interpreter, self.log) if known else None, self.loop)
         self.watching = Watching(
             self.loop,
             self.config,
@@ -178,6 +199,8 @@ class Session:
         except BaseException:
             self.watching.close()  # its files: a disk that is full, or a file that is not the run's, stops it here
             raise
+        self.loop.hooks = [*self.loop.hooks, self.ledger]
+        heap.give_back()  # what loading and the pre-flight have left in pieces too small for a step's tensors
 
     def stopped_by(self, error: NumericsError, before: Evaluation | None) -> NumericsError:
         """The finite guard's stop: the parameters are those of the step before and are saved, if they are finite."""
@@ -228,6 +251,7 @@ class Session:
         summary = {
             "status": status,
             **outcome.course(self.loop.state, self.parts),
+            "predicted_peak_memory_mb": self.ledger.peak_mb,
             "eval": {"before": before.metrics if before else None, "after": result},
             **outcome.conditions(self.parts, self.loaded, self.data, self.base, self.fast),
             "hashes": outcome.hashes(self.loop),
@@ -237,4 +261,5 @@ class Session:
             **({"error": error} if error else {}),
         }
         directory.write_json(self.folder / directory.SUMMARY, summary)
+        self.ledger.finish()
         report.write(self.folder)

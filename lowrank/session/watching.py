@@ -9,8 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lowrank.adapters.inject import hooks
 from lowrank.evaluate import Evaluation, Evaluator, PeriodicEvaluation
+from lowrank.fast import heap, norm
 from lowrank.record import directory
 from lowrank.record.directory import Log
 from lowrank.schema import Checkpoint, Config
@@ -25,7 +28,9 @@ from lowrank.train.early import EarlyStop
 from lowrank.train.hooks import StepRecord
 from lowrank.train.loop import Loop
 from lowrank.train.metrics import MethodEvents, Metrics
+from lowrank.train.profile import Named, Profile
 from lowrank.train.progress import ProgressLine
+from lowrank.train.shares import NORM
 from lowrank.train.stopping import Stopping
 
 
@@ -68,6 +73,10 @@ class Watching:
         self.checkpoints = self.saving(folder / directory.CHECKPOINTS, config.checkpoint)
         self.progress: ProgressLine | None = None
         self.deadline = Deadline(loop, config.loop.max_seconds)
+        self.profile: Profile | None = None
+        if config.loop.profile is not None:
+            place, named = folder / directory.PROFILE, norms(loop.model)
+            self.profile = Profile(loop, place, config.loop.profile, last=last, say=log.say, named=named)
 
     def saving(self, folder: Path, settings: Checkpoint) -> Checkpoints:
         return Checkpoints(
@@ -96,7 +105,8 @@ class Watching:
         steering = [*self.methods, *([self.average] if self.average else [])]  # the average is of what methods leave
         judging = [MethodEvents(self.methods, self.metrics), self.evaluation, self.early, self.digests]
         watching = [*([self.tracker] if self.tracker else []), self.progress, self.checkpoints, self.deadline]
-        self.loop.hooks = [self.metrics, *steering, *judging, *watching]
+        profiling = [self.profile] if self.profile else []
+        self.loop.hooks = [self.metrics, *steering, *judging, *watching, *profiling]
 
     def catch_up(self, saved: Saved | None) -> None:
         """What followed on the checkpoint's step when a signal broke its evaluation off: that, and the hooks after."""
@@ -110,6 +120,7 @@ class Watching:
         """Inside, the weights are those to be judged, and a signal is heeded at once."""
         with self.average.used() if self.average else nullcontext(), self.stopping.at_once():
             yield
+        heap.give_back()
 
     @property
     def moving(self) -> Moving:
@@ -125,6 +136,8 @@ class Watching:
         )
 
     def close(self) -> None:
+        if self.profile is not None:
+            self.profile.close()
         failed = self.checkpoints.close()
         if failed is not None:  # in the background, while the run ended with an error of its own
             self.log.note("".join(traceback.format_exception(failed)))
@@ -134,3 +147,10 @@ class Watching:
             self.progress.close()
         if self.tracker is not None:
             self.tracker.close()
+
+
+def norms(model: nn.Module) -> list[Named]:
+    """What a profile counts as norms: the model's own modules of that name, and the fast path's."""
+    own = {type(module) for module in model.modules() if type(module).__name__.endswith("Norm")}
+    fast = [(cls, name) for cls in (norm.RMSNorm, norm.LayerNorm) for name in ("statistics", "normed", "gradient")]
+    return [(cls, name, NORM) for cls, name in [*((cls, "forward") for cls in own), *fast]]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-PACK, CHAT, ORDER, SOURCES = (f"lowrank/data/{name}.py" for name in ("pack", "chat", "order", "sources"))
+PACK, CHAT, ORDER, BEST_FIT, SOURCES = (
+    f"lowrank/data/{name}.py" for name in ("pack", "chat", "order", "best_fit", "sources")
+)
 
 MUTANTS = (
     Mutant(
@@ -91,7 +93,28 @@ MUTANTS = (
         ORDER,
         "if not micro or length > room:",
         "if not micro or length > room + 1:",
-        ("data/test_order.py::test_a_token_budget_is_never_exceeded_and_filled_while_the_next_document_fits",),
+        ("data/test_order.py::test_in_order_a_token_budget_is_filled_while_the_next_document_fits",),
+    ),
+    Mutant(
+        "best fit: a document goes where it does not fit",
+        BEST_FIT,
+        "place = bisect_left(room, (lengths[index], 0))",
+        "place = bisect_left(room, (lengths[index] - 1, 0))",
+        ("data/test_best_fit.py::test_every_document_is_in_one_pack_and_no_pack_of_several_is_over_the_budget",),
+    ),
+    Mutant(
+        "best fit: the last pack of an epoch is lost",
+        BEST_FIT,
+        "return [*made, over] if over else made",
+        "return made",
+        ("data/test_best_fit.py::test_every_document_is_in_one_pack_and_no_pack_of_several_is_over_the_budget",),
+    ),
+    Mutant(
+        "best fit: the longest documents come first in every epoch",
+        ORDER,
+        'torch.randperm(len(packs), generator=key(self.seed, "packs", epoch)).tolist()',
+        "range(len(packs))",
+        ("data/test_best_fit.py::test_full_packs_of_long_and_of_short_documents_are_mixed_over_an_epoch",),
     ),
     Mutant(
         "split: a group on both sides",

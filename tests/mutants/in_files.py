@@ -229,8 +229,8 @@ MUTANTS = (
     Mutant(
         "secrets: hidden only as they are, not as JSON or a URL spells them",
         "lowrank/secrets.py",
-        "for found in spellings(tuple(planted(os.environ))):",
-        "for found in planted(os.environ):",
+        "return without(text, spellings(tuple(planted(os.environ))))",
+        "return without(text, tuple(planted(os.environ)))",
         ("test_secrets.py::test_a_variable_s_value_is_hidden_however_it_is_written",),
     ),
     Mutant(

@@ -66,8 +66,8 @@ MUTANTS = (
     Mutant(
         "dropout: what stays is not scaled up",
         f"{METHODS}/dropout.py",
-        "kept = x.div(1 - p).contiguous()",
-        "kept = x.clone(memory_format=torch.contiguous_format)",
+        "zero_(x.div(1 - p).contiguous())",
+        "zero_(x.clone(memory_format=torch.contiguous_format))",
         (f"{HERE}/test_dropout.py::test_what_is_left_is_scaled_so_that_the_mean_stays",),
     ),
     Mutant(
@@ -206,8 +206,8 @@ MUTANTS = (
     Mutant(
         "AdaLoRA: the penalty is a mean",
         f"{METHODS}/adalora.py",
-        "(self.A @ self.A.T - one).square().sum())",
-        "(self.A @ self.A.T - one).square().mean())",
+        "return off.square().sum()",
+        "return off.square().mean()",
         (
             f"{HERE}/test_adalora.py"
             "::test_the_penalty_is_zero_for_orthonormal_factors_and_else_the_squared_distance_from_them",

@@ -55,6 +55,13 @@ MUTANTS = (
         ("models/test_attention.py::test_the_function_is_masked_softmax_attention_with_its_gradients",),
     ),
     Mutant(
+        "attention: a sliding window of one token more in the kernel for all documents",
+        "lowrank/models/varlen.py",
+        "(-1 if window is None else window - 1, 0)",
+        "(-1 if window is None else window, 0)",
+        ("models/test_varlen.py::test_it_is_asked_for_what_goes_document_by_document_elsewhere",),
+    ),
+    Mutant(
         "attention: a token sees the one after it",
         "lowrank/models/attention.py",
         "mask = (distance >= 0) & (distance < window)",

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-LOOP, LOSS, SCHEDULE, OPTIM, PRECISION = (
-    f"lowrank/train/{name}.py" for name in ("loop", "loss", "schedule", "optim", "precision")
+LOOP, LOSS, SCHEDULE, OPTIM, PRECISION, FLAT = (
+    f"lowrank/train/{name}.py" for name in ("loop", "loss", "schedule", "optim", "precision", "flat")
 )
 
 MUTANTS = (
     Mutant(
         "loss: a mean of the micro-batches' means",
         LOOP,
-        "total += guard.loss(loss, index)\n                self.precision.backward(loss / targets)",
-        "total += guard.loss(loss, index)\n"
-        "                self.precision.backward(loss / (len(batch.targets) * len(batches)))",
+        "self.precision.backward(loss / targets)\n        penalty",
+        "self.precision.backward(loss / (len(batch.targets) * len(batches)))\n        penalty",
         ("train/test_loop.py::test_accumulating_k_equals_one_batch_of_k",),
     ),
     Mutant(
@@ -41,24 +40,22 @@ MUTANTS = (
     Mutant(
         "gradients: not zeroed between steps",
         LOOP,
-        "        self.optimizer.zero_grad(set_to_none=True)\n",
-        "        if step == 1:\n            self.optimizer.zero_grad(set_to_none=True)\n",
+        "        self.update.clear()\n",
+        "        if step == 1:\n            self.update.clear()\n",
         ("train/test_loop.py::test_a_step_is_the_textbooks",),
     ),
     Mutant(
         "gradients: clipped before they are unscaled",
         LOOP,
-        "        self.precision.unscale(self.optimizer)\n"
-        "        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])\n",
-        "        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])\n"
-        "        self.precision.unscale(self.optimizer)\n",
+        "        self.precision.unscale(self.update.gathered())\n        norm = self.update.norm()\n",
+        "        whole, norm = self.update.gathered(), self.update.norm()\n        self.precision.unscale(whole)\n",
         ("train/test_precision.py::test_clipping_comes_after_unscaling",),
     ),
     Mutant(
         "gradients: the norm that is told is the clipped one",
         LOOP,
-        "lr, float(norm), time.perf_counter()",
-        "lr, min(float(norm), self.max_norm), time.perf_counter()",
+        "lr, length, time.perf_counter()",
+        "lr, min(length, self.max_norm), time.perf_counter()",
         ("train/test_loop.py::test_the_norm_is_the_one_before_clipping_and_gradients_are_no_longer_than_allowed",),
     ),
     Mutant(
@@ -179,10 +176,60 @@ MUTANTS = (
     Mutant(
         "fp16: an overflowed step is counted and calls the hooks",
         LOOP,
-        "            self.precision.update(self.optimizer)  # which takes no step, and halves the scale\n"
-        "            return None\n",
-        "            norm = norm.nan_to_num(posinf=0.0)\n",
+        "            self.precision.halve()\n            return None\n",
+        "            self.precision.halve()\n            norm, length = norm.nan_to_num(posinf=0.0), 0.0\n",
         ("train/test_precision.py::test_an_overflowed_step_calls_no_hook",),
+    ),
+    Mutant(
+        "flat: a parameter without a gradient decays with the others",
+        FLAT,
+        "return all(grad is not None for grad in given)",
+        "return True",
+        ("train/test_flat.py::test_a_parameter_without_a_gradient_is_left_alone_with_its_state",),
+    ),
+    Mutant(
+        "flat: parameters that are behind take the others' count",
+        FLAT,
+        "        if not alike(held):\n            return False\n",
+        "",
+        ("train/test_flat.py::test_a_parameter_without_a_gradient_is_left_alone_with_its_state",),
+    ),
+    Mutant(
+        "flat: a gradient that a hook has replaced does not count",
+        FLAT,
+        "complete = [stretch.gather() for stretch in self.stretches]",
+        "complete = [all(p.grad is not None for p in stretch.parameters) for stretch in self.stretches]",
+        ("train/test_flat.py::test_what_hooks_write_counts",),
+    ),
+    Mutant(
+        "flat: the learning rate stays that of the start",
+        FLAT,
+        "            follow(self.whole.param_groups, self.optimizer.param_groups)\n",
+        "",
+        ("train/test_flat.py::test_twenty_steps_are_those_of_each_parameter_by_itself",),
+    ),
+    Mutant(
+        "clipping: left out just above the longest norm",
+        "lowrank/train/update.py",
+        "return length * (1 + 1e-5) + 1e-5 > max_norm",
+        "return length > 1.5 * max_norm",
+        ("train/test_flat.py::test_gradients_are_cut_however_little_they_are_too_long",),
+    ),
+    Mutant(
+        "in backward: a gradient that is not finite moves its parameter",
+        "lowrank/train/in_backward.py",
+        "(~torch.isfinite(length)).float()",
+        "torch.zeros(())",
+        (
+            "train/test_in_backward.py::test_a_gradient_that_is_not_finite_does_not_reach_its_parameter_and_stops_the_run",
+        ),
+    ),
+    Mutant(
+        "in backward: gradients stay",
+        "lowrank/train/in_backward.py",
+        "        parameter.grad = None\n",
+        "",
+        ("train/test_in_backward.py::test_gradients_take_the_largest_parameters_memory_and_no_more",),
     ),
     Mutant(
         "fp16: the scaler begins anew after a resume",
@@ -194,8 +241,8 @@ MUTANTS = (
     Mutant(
         "guard: an infinite loss goes on",
         "lowrank/train/guard.py",
-        '        if not math.isfinite(value):\n            raise NotFinite(self.fault(f"loss is {value}", index))',
-        '        if math.isnan(value):\n            raise NotFinite(self.fault(f"loss is {value}", index))',
+        'if not math.isfinite(value):\n                raise NotFinite(self.fault(f"loss is {value}", index))',
+        'if math.isnan(value):\n                raise NotFinite(self.fault(f"loss is {value}", index))',
         ("train/test_guard.py::test_a_loss_that_is_not_finite_is_named_and_touches_nothing",),
     ),
     Mutant(
@@ -229,15 +276,13 @@ MUTANTS = (
     Mutant(
         "hooks: a method sees gradients that are not yet clipped",
         LOOP,
-        """        nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_norm, norm)
-        lr = set_lr(self.optimizer, self.schedule(step))
+        """        self.update.clip(self.max_norm, norm, length)
         for hook in self.hooks:
             hook.before_update(step)
 """,
-        """        lr = set_lr(self.optimizer, self.schedule(step))
-        for hook in self.hooks:
+        """        for hook in self.hooks:
             hook.before_update(step)
-        nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_norm, norm)
+        self.update.clip(self.max_norm, norm, length)
 """,
         ("train/test_loop.py::test_the_norm_is_the_one_before_clipping_and_gradients_are_no_longer_than_allowed",),
     ),
@@ -251,7 +296,7 @@ MUTANTS = (
     Mutant(
         "guard: an update that spoils a parameter is not seen",
         LOOP,
-        "        guard.update(lr)\n",
+        "        guard.updated(lr)\n",
         "",
         ("train/test_finite.py::test_an_update_that_spoils_a_parameter_is_found_before_anything_sees_it",),
     ),

@@ -70,7 +70,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def rows(run: Any, event: str) -> list[dict[str, Any]]:
     """Of metrics.jsonl, without what a clock says."""
-    timed = ("seconds", "tokens_per_s", "peak_memory_mb")
+    timed = ("seconds", "tokens_per_s", "peak_memory_mb", "predicted_peak_memory_mb")
     return [{k: v for k, v in row.items() if k not in timed} for row in run.metrics if row["event"] == event]
 
 

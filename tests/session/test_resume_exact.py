@@ -45,6 +45,7 @@ CASES = {
         *("loop.micro_batch=null", "loop.micro_batch_tokens=120", "loop.gradient_checkpointing=true"),
         *(DROPOUT, "loop.steps=null", "loop.epochs=1.8"),
     ),
+    "lora recomputed in part": (DROPOUT, FOUR, "loop.gradient_checkpointing=selective"),
     "lora plus in 8 bits": (
         *("optim=adamw8bit", "optim.min_8bit_size=16", "optim.groups=[{match:'*.adapter.B',lr_ratio:16}]"),
         *(DROPOUT, "schedule=cosine"),

@@ -56,6 +56,7 @@ DRIFTS = {
     "micro-batch in tokens": Drift(
         ("loop.micro_batch=null", "loop.micro_batch_tokens=99"), ("loop.micro_batch", "loop.micro_batch_tokens")
     ),
+    "packing": Drift(("loop.packing=in_order",), ("loop.packing",)),
     "clip": Drift(("loop.max_grad_norm=.inf",), ("loop.max_grad_norm",)),
     "precision": Drift(("loop.precision=bf16",), ("loop.precision", "model.dtype", "base")),
     "half precision": Drift(("loop.precision=fp16",), ("loop.precision",)),
