@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowrank.assemble import optimizer
 from lowrank.compose import compose
 from lowrank.keys import key
-from lowrank.session.attach import optimizer
 
 STEPS = 4
 

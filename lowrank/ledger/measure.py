@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank import assemble, classes
+from lowrank import assemble
 from lowrank.adapters.inject import hooks, named_trainable
 from lowrank.adapters.sites import adapted
 from lowrank.assemble import Data, Parts
@@ -30,13 +30,8 @@ from lowrank.data.pack import Batch
 from lowrank.keys import Clock
 from lowrank.ledger.thin import kinds, thin
 from lowrank.models import load as models
-from lowrank.schema import Config
-from lowrank.train import flat, optim
-from lowrank.train.flat import Flat
-from lowrank.train.in_backward import InBackward
 from lowrank.train.loop import Loop
 from lowrank.train.precision import Precision
-from lowrank.train.update import EachParameter, Update
 
 MORE = 3  # blocks that the second model of a kind has more than the first
 MICRO_BATCHES = 4  # of a step, at most: more of them take longer and tell no more
@@ -113,7 +108,8 @@ def loop_of(parts: Parts, data: Data | None, skeleton: nn.Module, kept: Sequence
         parameters=named_trainable(model),
         batches=Steps(order, order.at(mean_step(order))),
         loss=assemble.loss(config),
-        optimizer=optimizer(config, model),
+        # its groups go by names that are other ones here, and cost nothing
+        optimizer=assemble.optimizer(replace(config.optim, groups=[]), model, fast=config.loop.fast),
         schedule=lambda step: 1.0,
         precision=Precision(parts.precision, parts.device),
         clock=clock,
@@ -121,22 +117,8 @@ def loop_of(parts: Parts, data: Data | None, skeleton: nn.Module, kept: Sequence
         hooks=hooks(model, assemble.steps_and_schedule(config, order)[0]),
         penalty=lambda: sum(module.adapter.penalty() for _, module in adapted(model)),
         device=parts.device,
-        updating=partial(updating, config),
+        updating=partial(assemble.updating, config, say=lambda line: None),
     )
-
-
-def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """The run's; its groups, by names that are other ones here, cost nothing."""
-    cls, trained = classes.resolve(config.optim.target, torch.optim.Optimizer, "optim._target_"), named_trainable(model)
-    groups = optim.groups(trained, [], lr=config.optim.lr, weight_decay=config.optim.weight_decay)
-    kernel = optim.fused(cls, config.optim.options, trained.values()) if config.loop.fast else {}
-    return cls(groups, **kernel, **config.optim.options)
-
-
-def updating(config: Config, made: torch.optim.Optimizer) -> Update:
-    if config.optim.in_backward:
-        return InBackward(made)
-    return Flat(made, lambda text: None) if config.loop.fast and flat.why_not(made) is None else EachParameter(made)
 
 
 def mean_step(order: Batches) -> int:

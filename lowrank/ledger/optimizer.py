@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank import classes
-from lowrank.ledger.measure import optimizer
+from lowrank.assemble import optimizer
 from lowrank.schema import Config
 from lowrank.train import flat
 
@@ -49,7 +50,8 @@ def of_bitsandbytes(cls: type, config: Config, shape: tuple[int, ...]) -> int:
 
 def gradients_kept(config: Config, model: nn.Module) -> int:
     """Bytes of gradients that are there whether or not a parameter has one: those of one flat memory."""
-    if config.optim.in_backward or not config.loop.fast or flat.why_not(optimizer(config, model)) is not None:
+    made = optimizer(replace(config.optim, groups=[]), model, fast=config.loop.fast)
+    if config.optim.in_backward or not config.loop.fast or flat.why_not(made) is not None:
         return 0
     return sum(-(-p.numel() * p.element_size() // flat.ALIGN) * flat.ALIGN for p in of(model))
 

@@ -30,7 +30,7 @@ from lowrank.record import directory, source
 from lowrank.record.directory import Log
 from lowrank.report import run as report
 from lowrank.session import outcome, provenance, resuming
-from lowrank.session.attach import attach, optimizer, updating
+from lowrank.session.attach import attach
 from lowrank.session.identity import MEASURED, identity, within
 from lowrank.session.watching import Watching
 from lowrank.train import checkpoint
@@ -143,7 +143,7 @@ class Session:
             parameters=named_trainable(self.model),
             batches=self.order,
             loss=self.ledger.watching(assemble.loss(self.config)),
-            optimizer=optimizer(self.config.optim, self.model, fast=settings.fast),
+            optimizer=assemble.optimizer(self.config.optim, self.model, fast=settings.fast),
             schedule=self.schedule,
             precision=self.precision,
             clock=clock,
@@ -153,7 +153,7 @@ class Session:
             max_skipped=settings.max_skipped if settings.on_nonfinite == "skip" else 0,
             trace=settings.trace_nonfinite,
             named=called,
-            updating=partial(updating, self.config, say=self.log.note),
+            updating=partial(assemble.updating, self.config, say=self.log.note),
         )
 
     def evaluate_base(self) -> Evaluation:
