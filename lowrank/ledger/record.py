@@ -14,7 +14,7 @@ from lowrank.ledger.ledger import Ledger, in_mb
 from lowrank.ledger.resident import by_part, memory_of
 from lowrank.record import directory
 from lowrank.train.hooks import Hook, StepRecord
-from lowrank.train.loop import Loop, peak_memory_mb
+from lowrank.train.loop import Loop
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -63,10 +63,10 @@ class Record(Hook):
             states = self.loop.optimizer.state.values()
             self.parts["optimizer"] = memory_of(value for state in states for value in state.values())
 
-    def finish(self) -> None:
+    def finish(self, peak: float) -> None:
+        """``peak``: of this process, in MB."""
         told = directory.read_json(self.path)
         before = told.get("measured")
-        peak = peak_memory_mb(self.device)
         if isinstance(before, dict) and isinstance(before.get("peak_mb"), (int, float)):
             peak = max(peak, before["peak_mb"])
         measured = {"peak_mb": peak, "parts_mb": in_mb(self.parts), "largest_micro_batch": self.tokens}

@@ -261,5 +261,5 @@ class Session:
             **({"error": error} if error else {}),
         }
         directory.write_json(self.folder / directory.SUMMARY, summary)
-        self.ledger.finish()
+        self.ledger.finish(summary["peak_memory_mb"])
         report.write(self.folder)

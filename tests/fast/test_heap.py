@@ -33,6 +33,13 @@ def grown(how: str) -> int:
     return after - before
 
 
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in this process may have set it, for the children too."""
+    for name in heap.CACHES:
+        monkeypatch.delenv(name, raising=False)
+
+
 @glibc
 @onednn
 def test_products_of_new_shapes_leave_nothing_once_bounded() -> None:
