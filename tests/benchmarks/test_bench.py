@@ -215,6 +215,7 @@ def bench(*arguments: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_two_programs_train_the_same_and_what_is_measured_is_not_measured_again(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(README.read_text(encoding="utf-8"), encoding="utf-8")
     folder = f"--results={tmp_path / 'rows'}"

@@ -42,6 +42,7 @@ def searched(overrides: tuple[str, ...]) -> tuple[Search, list[Setting]]:
     return search, search.found(None)
 
 
+@pytest.mark.slow
 def test_what_is_listed_fits_when_it_is_pasted(
     overrides: tuple[str, ...], searched: tuple[Search, list[Setting]]
 ) -> None:

@@ -66,7 +66,7 @@ def test_tensors_of_the_step_that_failed_are_let_go_of_before_anything_is_predic
         torch.empty(2**60)
 
     with (
-        pytest.raises(OutOfMemory, match=r"^CPU out of memory: the run needs ≈ [\d,.]+ MiB of ") as raised,
+        pytest.raises(OutOfMemory, match=r"^CPU out of memory: the run needs ≈ [\d,.]+ [MG]iB of ") as raised,
         shortage.told(),
     ):
         step()
