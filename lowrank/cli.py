@@ -60,10 +60,7 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     looking(add("inspect", inspect, "look at data, a plan, or what an adapter has learnt", run=False))
-    look = add("plan", plan, "what a run would need, and how fast it would be; nothing is trained", run=False)
-    look.add_argument("overrides", nargs="*", help="as for train.py")
-    look.add_argument("--budget", metavar="SIZE", help="list the settings that fit it: 24GiB, 24GB, 800MB")
-    look.add_argument("--no-speed", action="store_true", help="do not measure this machine (ten seconds, once)")
+    planning(add("plan", plan, "what a run would need, and how fast it would be; nothing is trained", run=False))
     one = add("generate", generate, "print the tuned model's text for a prompt")
     one.add_argument("prompt", help="the instruction, in the run's own template; - reads it from standard input")
     one.add_argument("--input", default="", help="the template's input block")
@@ -97,6 +94,12 @@ def looking(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--limit", type=int, default=5, help="rows of data to show (5)")
     command.add_argument("--json", action="store_true", help="adapter: JSON instead of a table")
+
+
+def planning(command: argparse.ArgumentParser) -> None:
+    command.add_argument("overrides", nargs="*", help="as for train.py")
+    command.add_argument("--budget", metavar="SIZE", help="list the settings that fit it: 24GiB, 24GB, 800MB")
+    command.add_argument("--no-speed", action="store_true", help="do not measure this machine (ten seconds, once)")
 
 
 def merging(command: argparse.ArgumentParser) -> None:

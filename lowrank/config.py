@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lowrank.classes import check_adapter, check_optimizer, options, resolve
 from lowrank.errors import ConfigError, RefusedError
-from lowrank.rules import ANY, FLAG, OWNERS, RELATIONS, RULES, read_group, refuse, unknown_key
+from lowrank.relations import OWNERS, RELATIONS
+from lowrank.rules import ANY, FLAG, RULES, read_group, refuse, unknown_key
 from lowrank.schema import FREE, GROUPS, NESTED, OPEN, Config
 from lowrank.secrets import redacted_tree
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Ground: seen by all, sees itself alone. Layers: do not see one another. Uses: read what layers make.
 GROUND = ("errors", "keys", "quant", "secrets", "foreign")
 LAYERS = ("adapters", "models", "config", "data", "train", "eval")
-SCHEMA = ("rules", "classes", "schema")  # what config.py is made of
+SCHEMA = ("rules", "relations", "classes", "schema")  # what config.py is made of
 USES = ("export", "inspect", "report", "track", "fast")
 # Of the composition.
 PARTS = ("assemble", "evaluate", "record", "ledger", "session")
@@ -35,6 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "config": ("errors", "secrets", *SCHEMA),
     "schema": (),
     "rules": ("errors",),
+    "relations": (),
     "classes": ("errors", "rules"),
     "export": (*GROUND, "disk", "adapters", "models", "data", "eval", "config"),
     "report": (*GROUND, "disk", "adapters", "models", "data", "eval", "config"),
