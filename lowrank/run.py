@@ -22,8 +22,7 @@ from lowrank.assemble import Data, Loaded, Parts
 from lowrank.config import load as load_config
 from lowrank.data.chat import Example
 from lowrank.errors import ConfigError, DataError, RefusedError
-from lowrank.ledger import predict
-from lowrank.ledger.calibrate import expected as expected_speed
+from lowrank.ledger.dry import DryRun
 from lowrank.ledger.shortage import Shortage
 from lowrank.models.fingerprint import base_id, fingerprint
 from lowrank.record import directory, lock
@@ -206,21 +205,16 @@ def train(config: Config, folder: str | Path, command: str | None = None, stoppi
 def plan(config: Config, folder: str | Path) -> Iterator[str]:
     """The dry run, as it is found: the injection plan, then the ledger, which is written to ``folder`` as what is
     predicted of a run there. Reads the data and no weight. Raises the errors of ``lowrank.errors``."""
-    folder = Path(folder)
+    folder, dry = Path(folder), DryRun(config)
     with lock.owned(folder):
         resuming.refuse_second_run(config, folder)
-        parts = assemble.parts(config)
-        yield str(parts.plan)
-        data = assemble.data(config, parts.tokenizer)
-        assemble.check_length(parts, data)
-        ledger = predict(parts, data)
+        yield str(dry.parts.plan)
         told = directory.read_json(folder / directory.LEDGER)
-        directory.write_json(folder / directory.LEDGER, {**told, "predicted": ledger.to_dict()})
-        yield str(ledger)
-        if (speed := expected_speed(parts, data)) is not None:
-            predicted = replace(ledger, tokens_per_s=speed.tokens_per_s).to_dict()
-            directory.write_json(folder / directory.LEDGER, {**told, "predicted": predicted})
-            yield str(speed)
+        directory.write_json(folder / directory.LEDGER, {**told, "predicted": dry.ledger.to_dict()})
+        yield str(dry.ledger)
+        if dry.speed is not None:
+            directory.write_json(folder / directory.LEDGER, {**told, "predicted": dry.with_speed.to_dict()})
+            yield str(dry.speed)
 
 
 def assembled(config: Config, log: Log) -> tuple[Parts, Data, Loaded]:

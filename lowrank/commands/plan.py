@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lowrank import assemble, compose
-from lowrank.ledger import predict
-from lowrank.ledger.calibrate import expected
+from lowrank import compose
+from lowrank.ledger.dry import DryRun
 from lowrank.ledger.fit import Search, table
 from lowrank.ledger.room import budget as size_of
 from lowrank.ledger.room import gib
@@ -16,18 +15,15 @@ def plan(overrides: list[str], budget: str | None = None, *, measured: bool = Tr
     """What to print, as it is found; ``measured``: with the expected tokens a second, for which the machine works for
     up to ten seconds, once. Raises the errors of ``lowrank.errors``."""
     limit = None if budget is None else size_of(budget)
-    config = compose.compose(overrides)
-    parts = assemble.parts(config)
-    data = assemble.data(config, parts.tokenizer)
+    dry = DryRun(compose.compose(overrides))
     if limit is None:
-        yield str(parts.plan)
-    ledger = predict(parts, data)
-    yield str(ledger)
-    speed = expected(parts, data) if measured else None
+        yield str(dry.parts.plan)
+    yield str(dry.ledger)
+    speed = dry.speed if measured else None
     if speed is not None:
         yield str(speed)
     if limit is not None:
-        search = Search(parts, data, limit, ledger.parts["interpreter"])
+        search = Search(dry.parts, dry.data, limit, dry.ledger.parts["interpreter"])
         found = search.found(None)
         least = min(search.known.values(), key=lambda setting: setting.ledger.peak)
         yield (

@@ -80,7 +80,8 @@ class Ledger:
     @property
     def line(self) -> str:
         flops = self.flops_per_token["total"] / 1e9
-        return f"predicted: peak {self.peak / MB:,.0f} MB ({self.when}), {flops:,.3g} GFLOPs a token"
+        speed = "" if self.tokens_per_s is None else f", {self.tokens_per_s:,.0f} tokens/s"
+        return f"predicted: peak {self.peak / MB:,.0f} MB ({self.when}), {flops:,.3g} GFLOPs a token{speed}"
 
     def to_dict(self) -> dict[str, Any]:
         """``predicted`` of ledger.json; ``flops_per_token`` is the sum of forward and backward."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lowrank import assemble
 from lowrank.adapters.sites import blocks, sites
@@ -15,6 +16,7 @@ from lowrank.fast.recompute import widths
 from lowrank.ledger import bare as without_values
 from lowrank.ledger import process, step
 from lowrank.ledger.bare import Bare
+from lowrank.ledger.calibrate import cached
 from lowrank.ledger.ledger import PARTS, Ledger, Shape
 from lowrank.ledger.optimizer import gradients_kept, of, state_bytes
 from lowrank.ledger.resident import by_part, size_of
@@ -50,10 +52,13 @@ def predict(parts: Parts, data: Data | None, interpreter: int | None = None) -> 
 
 
 def foretold(parts: Parts, data: Data | None, interpreter: int, log: Log) -> Ledger | None:
-    """``predict``, told of in a line. A model whose code cannot run without values may train all the same: what is
-    wrong is then said, with its traceback in the log's file, and there is no prediction."""
+    """``predict``, told of in a line, with the tokens a second where this machine was measured for the same before. A
+    model whose code cannot run without values may train all the same: what is wrong is then said, with its traceback
+    in the log's file, and there is no prediction."""
     try:
         ledger = predict(parts, data, interpreter)
+        if (speed := cached(parts, data)) is not None:
+            ledger = replace(ledger, tokens_per_s=speed.tokens_per_s)
     except Exception as failed:
         log.say(f"memory: no prediction ({type(failed).__name__}: {str(failed).partition(chr(10))[0]})")
         log.note(traceback.format_exc())
