@@ -36,7 +36,8 @@ class Example:
     """A tokenised record. ``target[i]`` says that ``tokens[i]`` is learnt, from the tokens before it.
 
     The first token never is. The tokens before the first target are the prompt's: generation starts from
-    exactly those. ``prompt`` and ``reference`` are texts, never truncated (``plain``: an empty prompt).
+    exactly those. ``prompt`` and ``reference`` are texts, never truncated (``plain``: an empty prompt). ``cut`` tokens
+    were left out at the end.
     """
 
     row: int
@@ -44,6 +45,7 @@ class Example:
     target: tuple[bool, ...]
     prompt: str
     reference: str
+    cut: int = 0
 
 
 def examples(
@@ -98,12 +100,13 @@ def tokenised(
     responses = encode(tokenizer, [response for _, response in texts])
     found = []
     for record, (prompt, _), asked, answer in zip(records, texts, prompts, responses, strict=True):
-        tokens = (*start, *asked, *answer, *end)[:max_length]
+        whole = (*start, *asked, *answer, *end)
+        tokens = whole[:max_length]
         # Nothing stands before the first token, so it cannot be learnt.
         first = 1 if train_on == "all" or template == "plain" else max(1, len(start) + len(asked))
         target = tuple(index >= first for index in range(len(tokens)))
         reference = record.fields["text" if template == "plain" else "response"]
-        found.append(Example(record.row, tokens, target, prompt, reference))
+        found.append(Example(record.row, tokens, target, prompt, reference, len(whole) - len(tokens)))
     return found
 
 

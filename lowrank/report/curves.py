@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from lowrank.report.figures import number, scientific
 
@@ -47,37 +48,61 @@ class Series:
         return values[cut : len(values) - cut]
 
 
+def drawable(ys: Sequence[float]) -> np.ndarray:
+    """``number`` of each, nan where it is none."""
+    values = np.asarray(ys, dtype=float)
+    return np.where(np.abs(values) < 1e100, values, np.nan)
+
+
 def smoothing(points: int) -> float:
     """The standard deviation, in points, that suits a curve of so many: a thirtieth, from 1 to 500."""
     return min(max(1.0, points / 30), 500.0)
 
 
-def smooth(ys: Sequence[float], width: float | None = None) -> list[float]:
+def smooth(ys: Sequence[float], width: float | None = None, at: Sequence[int] | None = None) -> list[float]:
     """At each place the value of the line fitted around it, weighted by a centred Gaussian (local regression).
 
     No lag, and no pull at the two ends, where a mean would flatten a falling loss. Values that are not finite
-    are left out. ``width`` is the standard deviation in points (default ``smoothing(len(ys))``).
+    are left out. ``width`` is the standard deviation in points (default ``smoothing(len(ys))``); ``at`` are the places
+    that are wanted, by default all.
     """
     if not ys:
         return []
     sigma = width or smoothing(len(ys))
     half = math.ceil(3 * sigma)
-    away = np.arange(half, -half - 1, -1.0)  # (2 half + 1); convolution turns the kernel round
+    away = np.arange(-half, half + 1, 1.0)  # (2 half + 1)
     kernel = np.exp(-0.5 * (away / sigma) ** 2)
-    known = np.array([float(number(y) is not None) for y in ys])  # (n)
-    values = np.array([number(y) or 0.0 for y in ys])  # (n)
+    drawn = drawable(ys)  # (n)
+    known, values = np.isfinite(drawn).astype(float), np.nan_to_num(drawn)
 
     def weighed(what: np.ndarray, power: int) -> np.ndarray:
         """Sum of weight × distance ** power × what around each place."""
-        return np.convolve(what, kernel * away**power)[half : half + len(what)]
+        weights = kernel * away**power
+        if at is None:
+            return np.convolve(what, weights[::-1])[half : half + len(what)]  # which turns the kernel round
+        return sliding_window_view(np.pad(what, half), len(weights))[np.asarray(at, dtype=int)] @ weights
 
     mass, lever, spread = (weighed(known, power) for power in (0, 1, 2))
     total, moment = weighed(values, 0), weighed(values, 1)
     room = mass * spread - lever**2  # 0 where there is but one point to fit
     with np.errstate(divide="ignore", invalid="ignore"):
         line, mean = (spread * total - lever * moment) / room, total / mass
-    fitted = np.where(room > 1e-3 * mass * spread, line, mean)  # (n)
+    fitted = np.where(room > 1e-3 * mass * spread, line, mean)
     return np.where(mass > 1e-12, fitted, np.nan).tolist()
+
+
+def telling_places(ys: Sequence[float], buckets: int = 1100, lost: int = 200) -> list[int]:
+    """The places of a long curve that draw it: of each bucket its lowest and highest value, both ends, and the first
+    values that are not finite. All places of one that is not longer than that."""
+    if len(ys) <= 2 * buckets:
+        return list(range(len(ys)))
+    values = drawable(ys)  # (n)
+    finite = np.flatnonzero(np.isfinite(values))
+    kept = {0, len(ys) - 1, *np.flatnonzero(~np.isfinite(values))[:lost].tolist()}
+    for bucket in np.array_split(finite, buckets):
+        if len(bucket):
+            kept |= {int(bucket[values[bucket].argmin()]), int(bucket[values[bucket].argmax()])}
+    return sorted(kept)
 
 
 def thinned(run: Sequence[Point], buckets: int) -> list[Point]:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank.report import svg
+from lowrank.report import layers, svg
 from lowrank.report.curves import Series
 from lowrank.report.figures import clean, fixed, mapping, number, short
-from lowrank.report.ranks import label, picture, pointer, room, strength
-from lowrank.report.svg import PAGE, Theme, text
+from lowrank.report.svg import PAGE
 
 MOST = 4000  # sites on a page
 CURVES = 5
@@ -45,7 +44,8 @@ def notes_of(spectra: dict[str, Any]) -> list[str]:
     said = [clean(note) for note in notes[:20]] if isinstance(notes, list) else []
     if isinstance(others, list) and others:
         methods = sorted({clean(mapping(other).get("method", "")) for other in others[:MOST]})
-        said.append(f"{len(others)} adapters are no change of a weight ({', '.join(methods)[:200]}).")
+        are = "1 adapter is" if len(others) == 1 else f"{len(others)} adapters are"
+        said.append(f"{are} no change of a weight ({', '.join(methods)[:200]}).")
     return said
 
 
@@ -80,40 +80,15 @@ def draw(sites: Sequence[Site]) -> list[str]:
     return [drawn for drawn in (changes, ranks, curves(sites)) if drawn]
 
 
-def grid(
-    sites: Sequence[Site], title: str, value: Callable[[Site], float | None], width: int = 1072, theme: Theme = PAGE
-) -> str:
+def grid(sites: Sequence[Site], title: str, value: Callable[[Site], float | None]) -> str:
     """A row a part, a column a layer, each cell as strong as its value; empty where no site has one."""
     shown = [(one, worth) for one in sites if (worth := value(one)) is not None]
-    if not shown:
-        return ""
-    most = max(worth for _, worth in shown) or 1.0
-    parts = list(dict.fromkeys(one.part for one, _ in shown))
-    layers = sorted({one.layer for one, _ in shown if one.layer is not None}) or [0]
-    left, top, high = room([(part, []) for part in parts]), 62.0, 24.0
-    wide = min(44.0, (width - 20 - left) / len(layers))
-    column = {layer: left + wide * place for place, layer in enumerate(layers)}
-    row = {part: top + high * place for place, part in enumerate(parts)}
-    every = max(1, -(-26 // max(1, int(wide))))  # a label of three digits takes 26 pixels
-    drawn = [
-        text(column[layer] + wide / 2, top - 8, str(layer), theme.muted, 'text-anchor="middle"')
-        for layer in layers[::every]
+    digits = 2 if max((worth for _, worth in shown), default=0.0) < 9.995 else 1
+    cells = [
+        layers.Cell(one.part, one.layer, worth, fixed(worth, digits if worth < 99.5 else 0), story(one))
+        for one, worth in shown
     ]
-    drawn += [text(left - 8, row[p] + high / 2 + 4, label(p), theme.muted, 'text-anchor="end"') for p in parts]
-    for one, worth in shown:
-        x = left if one.layer is None else column[one.layer]
-        drawn.append(cell(x, row[one.part], wide, high, worth, most, theme))
-        drawn.append(pointer(x, row[one.part], wide, high, story(one)))
-    return picture(title, width, top + high * len(parts) + 14, drawn, theme)
-
-
-def cell(x: float, y: float, wide: float, high: float, worth: float, most: float, theme: Theme) -> str:
-    figure = fixed(worth, 1 if worth < 99.5 else 0)
-    said = text(x + wide / 2, y + high / 2 + 4, figure, theme.ink, 'text-anchor="middle" font-size="11"')
-    return (
-        f'<rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{max(wide - 2, 1):.1f}" height="{high - 2:.1f}" rx="3" '
-        f'fill="{theme.hues[0]}" fill-opacity="{0.6 * strength(worth, most):.3f}"/>'
-    ) + (said if wide >= 27 else "")
+    return layers.draw(title, cells) if cells else ""
 
 
 def story(one: Site) -> str:
@@ -137,7 +112,7 @@ def curves(sites: Sequence[Site]) -> str:
     for one in (ordered[place] for place in places):
         named = one.part if one.layer is None else f"{one.part} {one.layer}"
         heights = [value / one.singular[0] for value in one.singular]
-        series.append(Series(f"{named} ({short(one.change)})", list(range(1, len(heights) + 1)), heights))
+        series.append(Series(f"{named} ({fixed(100 * one.change, 2)} %)", list(range(1, len(heights) + 1)), heights))
     return svg.chart(
         series,
         title="Singular values of ΔW, from the site that changed most to the one that did least (‖ΔW‖/‖W‖)",

@@ -17,6 +17,7 @@ class Line:
     predicted: str
     measured: str
     off: str  # by how much the prediction is
+    shares: tuple[float, float] = (0.0, 0.0)  # of the largest figure, per cent: predicted and measured
 
 
 def lines(told: Mapping[str, Any]) -> list[Line]:
@@ -25,18 +26,21 @@ def lines(told: Mapping[str, Any]) -> list[Line]:
     predicted, measured = figures.mapping(told.get("predicted")), figures.mapping(told.get("measured"))
     first, second = (figures.mapping(one.get("parts_mb")) for one in (predicted, measured))
     names = [name for name in dict.fromkeys([*first, *second]) if any(large(one.get(name)) for one in (first, second))]
-    found = [line(name, first.get(name), second.get(name)) for name in names[:PARTS]]
-    return [*found, line("peak", predicted.get("peak_mb"), measured.get("peak_mb"))] if predicted or measured else []
+    rows = [(name, first.get(name), second.get(name)) for name in names[:PARTS]]
+    rows += [("peak", predicted.get("peak_mb"), measured.get("peak_mb"))] if predicted or measured else []
+    most = max((abs(figures.number(size) or 0.0) for _, *sizes in rows for size in sizes), default=0.0)
+    return [line(*row, most=most) for row in rows]
 
 
 def large(size: object) -> bool:
     return abs(figures.number(size) or 0.0) >= 0.1
 
 
-def line(part: object, predicted: object, measured: object) -> Line:
+def line(part: object, predicted: object, measured: object, most: float = 0.0) -> Line:
     one, other = figures.number(predicted), figures.number(measured)
     off = f"{(one / other - 1) * 100:+.1f} %".replace("-", "−") if one is not None and other else ""
-    return Line(figures.clean(part), megabytes(one), megabytes(other), off)
+    shares = tuple(max(0.0, 100 * (size or 0.0) / most) if most else 0.0 for size in (one, other))
+    return Line(figures.clean(part), megabytes(one), megabytes(other), off, (shares[0], shares[1]))
 
 
 def megabytes(size: float | None) -> str:

@@ -1,8 +1,4 @@
-"""How the ranks of a run's sites moved: a heat map of site by step, and the final rank of every layer's every part.
-
-Drawn in one hue whose strength is the rank, over whatever ground there is: it reads the same on a light and on a
-dark page.
-"""
+"""How the ranks of a run's sites moved: a heat map of site by step, and the final rank of every layer's every part."""
 
 from __future__ import annotations
 
@@ -11,13 +7,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from lowrank.report import layers
 from lowrank.report.curves import labels, ticks
 from lowrank.report.figures import fixed, mapping, number
-from lowrank.report.svg import FONT, PAGE, Theme, ground, safe, text
+from lowrank.report.layers import label, picture, pointer, room, strength
+from lowrank.report.svg import PAGE, Theme, text
 
-LABEL, CHARACTER = 16, 6.6  # pixels: the least room left of the labels, and a letter's width
 TALLEST = 1200  # pixels, of all rows together
-LONGEST = 32  # characters of a label
 COLUMNS = 160  # steps drawn
 GAP = 5  # between two parts
 
@@ -89,7 +85,7 @@ def over_time(ranks: Ranks, last: float, width: int = 1072, theme: Theme = PAGE)
     """
     parts = ranks.parts()
     high = min(14.0, max(3.0, 620 / len(ranks.sites)), TALLEST / len(ranks.sites))
-    left = room(parts)
+    left = room([part for part, _ in parts])
     top, right, end = 62.0, width - 20.0, max(last, ranks.steps[-1], 1.0)
     tops: dict[int, float] = {}
     y = top
@@ -135,33 +131,12 @@ def cells(
 
 def final(ranks: Ranks, width: int = 1072, theme: Theme = PAGE) -> str:
     """An ``<svg>`` of the last ranks: a row a part, a column a layer, the rank in each cell."""
-    parts = ranks.parts()
-    layers = sorted({one.layer for one in ranks.sites if one.layer is not None}) or [0]
-    left = room(parts)
-    wide, high, top = min(44.0, (width - 20 - left) / len(layers)), 24.0, 62.0
-    column = {layer: left + wide * place for place, layer in enumerate(layers)}
-    every = max(1, -(-26 // max(1, int(wide))))  # a label of three digits takes 26 pixels
-    drawn = [
-        text(column[layer] + wide / 2, top - 8, str(layer), theme.muted, 'text-anchor="middle"')
-        for layer in layers[::every]
+    last = [row[-1] or 0.0 for row in ranks.table]
+    cells = [
+        layers.Cell(one.part, one.layer, rank, fixed(rank), course(ranks, place))
+        for place, (one, rank) in enumerate(zip(ranks.sites, last, strict=True))
     ]
-    for index, (part, places) in enumerate(parts):
-        y = top + high * index
-        drawn.append(text(left - 8, y + high / 2 + 4, label(part), theme.muted, 'text-anchor="end"'))
-        for place in places:
-            layer = ranks.sites[place].layer
-            drawn.append(cell(ranks, place, left if layer is None else column[layer], y, wide, high, theme))
-    return picture("Final rank of each site, by layer", width, top + high * len(parts) + 14, drawn, theme)
-
-
-def cell(ranks: Ranks, place: int, x: float, y: float, wide: float, high: float, theme: Theme) -> str:
-    rank = ranks.table[place][-1] or 0.0
-    number_ = text(x + wide / 2, y + high / 2 + 4, fixed(rank), theme.ink, 'text-anchor="middle"') if wide >= 15 else ""
-    ground_ = (
-        f'<rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{max(wide - 2, 1):.1f}" height="{high - 2:.1f}" rx="3" '
-        f'fill="{theme.hues[0]}" fill-opacity="{0.6 * strength(rank, ranks.most):.3f}"/>'
-    )
-    return ground_ + number_ + pointer(x, y, wide, high, course(ranks, place))
+    return layers.draw("Final rank of each site, by layer", cells, width, theme)
 
 
 def course(ranks: Ranks, place: int) -> str:
@@ -169,19 +144,6 @@ def course(ranks: Ranks, place: int) -> str:
     known = [rank for rank, _ in groupby(rank for rank in ranks.table[place] if rank is not None)]
     shown = known if len(known) < 8 else [*known[:3], *known[-4:]]
     return f"{ranks.sites[place].path}\nrank {' → '.join(fixed(rank) for rank in shown)}"
-
-
-def strength(rank: float, most: float) -> float:
-    """Of the hue: nothing for rank 0, and the least rank still to be seen."""
-    return 0.08 + 0.92 * rank / most if rank else 0.0
-
-
-def pointer(x: float, y: float, width: float, height: float, said: str) -> str:
-    """An invisible rectangle that shows ``said`` under the pointer."""
-    return (
-        f'<rect class="lr-column" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}">'
-        f"<title>{safe(said)}</title></rect>"
-    )
 
 
 def scale(most: float, right: float, theme: Theme) -> str:
@@ -196,15 +158,6 @@ def scale(most: float, right: float, theme: Theme) -> str:
     return boxes + low + text(right - 26, 26, fixed(most), theme.muted)
 
 
-def label(part: str) -> str:
-    return part if len(part) <= LONGEST else f"…{part[1 - LONGEST :]}"
-
-
-def room(parts: Sequence[tuple[str, list[int]]]) -> float:
-    """The pixels that the labels take on the left."""
-    return LABEL + CHARACTER * max(len(label(part)) for part, _ in parts) + 8
-
-
 def steps_below(end: float, left: float, right: float, bottom: float, theme: Theme) -> str:
     values = ticks(0.0, end, about=(right - left) / 90, whole=True)
     return "".join(
@@ -216,13 +169,3 @@ def steps_below(end: float, left: float, right: float, bottom: float, theme: The
 def short(value: float) -> str:
     """A coordinate in few characters."""
     return str(int(value)) if float(value).is_integer() and value < 1e15 else f"{value:.6g}"
-
-
-def picture(title: str, width: int, height: float, drawn: Sequence[str], theme: Theme) -> str:
-    heading = text(16, 25, title, theme.ink, 'font-size="14" font-weight="600"')
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" width="{width}" '
-        f'height="{height:.0f}" role="img" aria-label="{safe(title)}" font-family="{FONT}" font-size="12">\n'
-        + "\n".join([ground(width, round(height), theme), heading, *drawn])
-        + "\n</svg>\n"
-    )

@@ -26,6 +26,16 @@ class Recorded:
     spectra: dict[str, Any]  # spectra.json
     profile: dict[str, Any]  # profile/shares.json
     ledger: dict[str, Any]  # ledger.json
+    data: dict[str, Any]  # data.json
+    identity: dict[str, Any]  # identity.json
+    patched: bool  # code.patch is there
+
+    @property
+    def processes(self) -> list[dict[str, Any]]:
+        """What each process of the run told of itself, the first first."""
+        earlier = self.identity.get("earlier")
+        told = [*(earlier if isinstance(earlier, list) else []), self.identity.get("provenance")]
+        return [found for one in told if (found := mapping(one))]
 
     def column(self, name: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one field of the step rows; a value that is there but not finite is nan."""
@@ -46,8 +56,24 @@ def read(folder: Path) -> Recorded:
     spectra = _mapping(folder / "spectra.json", unread)
     profile = _mapping(folder / "profile" / "shares.json", unread)
     ledger = _mapping(folder / "ledger.json", unread)
+    data, identity = (_mapping(folder / name, unread) for name in ("data.json", "identity.json"))
     samples = _lines(folder / "samples.jsonl", unread)
-    return Recorded(folder, summary, steps, evals, samples, texts, unread, ranks, spectra, profile, ledger)
+    return Recorded(
+        folder=folder,
+        summary=summary,
+        steps=steps,
+        evals=evals,
+        samples=samples,
+        texts=texts,
+        unread=unread,
+        ranks=ranks,
+        spectra=spectra,
+        profile=profile,
+        ledger=ledger,
+        data=data,
+        identity=identity,
+        patched=(folder / "code.patch").is_file(),
+    )
 
 
 def _text(path: Path) -> str:

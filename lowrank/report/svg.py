@@ -50,6 +50,15 @@ PAGE = Theme(
 
 
 @dataclass(frozen=True)
+class Band:
+    """A stretch of the x axis behind the curves, or a line across them where both ends are one."""
+
+    name: str  # in the legend
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Frame:
     """The plot's rectangle in pixels, and the values (x, y) at its lower left and upper right corners."""
 
@@ -80,12 +89,13 @@ def chart(
     height: int = 320,
     y_floor: float | None = None,
     theme: Theme = PAPER,
+    bands: Sequence[Band] = (),
 ) -> str:
     """An ``<svg>`` of all ``series`` on one pair of axes, valid XML by itself and inline in HTML.
 
-    ``y_floor`` is where the y axis starts (0 for a rate); without it the axis fits the data.
+    ``y_floor`` is where the y axis starts (0 for a rate); without it the axis fits the data. ``bands`` do not move it.
     """
-    legend, below_legend = _legend(series, title, width, theme)
+    legend, below_legend = _legend(series, bands, title, width, theme)
     top = below_legend + (32 if y_label else 14)
     frame, y_ticks = _frame(series, width, top, height - (42 if x_label else 26), y_floor)
     middle = (frame.left + frame.right) / 2
@@ -94,6 +104,7 @@ def chart(
         text(16, 25, title, theme.ink, 'font-size="14" font-weight="600"'),
         legend,
         text(16, top - 12, y_label, theme.muted),
+        *(_band(one, frame, theme) for one in bands),
         _grid(frame, y_ticks, theme),
         _x_axis(frame, series, theme),
         text(middle, height - 8, x_label, theme.muted, 'text-anchor="middle"'),
@@ -143,23 +154,41 @@ def ground(width: int, height: int, theme: Theme) -> str:
     )
 
 
-def _legend(series: Sequence[Series], title: str, width: int, theme: Theme) -> tuple[str, float]:
+def _legend(series: Sequence[Series], bands: Sequence[Band], title: str, width: int, theme: Theme) -> tuple[str, float]:
     """A sample of each named line, beside the title where all fit, else in rows below it; and where they end."""
-    named = [(one, place, 44 + 6.2 * len(one.name)) for place, one in enumerate(series) if one.name]
-    x, y = width - 8 - sum(wide for *_, wide in named), 25.0
+    lines = [(one, _hue(one, place, theme)) for place, one in enumerate(series) if one.name]
+    named: list[tuple[Series | Band, str]] = [*lines, *((one, "") for one in bands)]
+    wide = {one.name: 44 + 6.2 * len(one.name) for one, _ in named}
+    x, y = width - 8 - sum(wide[one.name] for one, _ in named), 25.0
     if x < 40 + 8 * len(title):
         x, y = 16.0, 47.0 if title else 25.0
     parts = []
-    for one, place, wide in named:
-        if x > 16 and x + wide > width:
+    for one, hue in named:
+        if x > 16 and x + wide[one.name] > width:
             x, y = 16.0, y + 20
-        xs = [0.5] if one.style == "points" else [0.0, 1.0]
         swatch = Frame(x, x + 18, y - 9, y + 1, (0, 0), (1, 1))
-        sample = Series("", xs, [0.5] * len(xs), one.style)
-        parts.append(_marks(sample, swatch, _hue(one, place, theme), theme))
+        parts.append(_sample(one, swatch, hue, theme))
         parts.append(text(x + 24, y, one.name, theme.muted))
-        x += wide
+        x += wide[one.name]
     return "".join(parts), y if named or title else 8.0
+
+
+def _sample(one: Series | Band, swatch: Frame, hue: str, theme: Theme) -> str:
+    if isinstance(one, Band):
+        return _band(Band("", 0.0, 1.0) if one.low < one.high else Band("", 0.5, 0.5), swatch, theme)
+    xs = [0.5] if one.style == "points" else [0.0, 1.0]
+    return _marks(Series("", xs, [0.5] * len(xs), one.style), swatch, hue, theme)
+
+
+def _band(one: Band, frame: Frame, theme: Theme) -> str:
+    low, high = (frame.x(min(max(x, frame.low[0]), frame.high[0])) for x in (one.low, one.high))
+    top, height = f"{frame.top:.1f}", f"{frame.bottom - frame.top:.1f}"
+    if one.low < one.high:
+        return (
+            f'<rect class="lr-band" x="{low:.1f}" y="{top}" width="{high - low:.1f}" height="{height}" '
+            f'fill="{theme.muted}" fill-opacity=".1"/>'
+        )
+    return f'<path d="M{low:.1f} {top}v{height}" stroke="{theme.muted}" stroke-width="1.5" stroke-dasharray="2 3"/>'
 
 
 def _grid(frame: Frame, values: list[float], theme: Theme) -> str:

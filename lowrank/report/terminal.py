@@ -16,7 +16,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from lowrank.report import figures, ledger
+from lowrank.report import figures, ledger, lr_range
 
 WIDTH = 100  # columns of a pipe or a file, and the least where the terminal does not say
 LINES = 24  # of one prompt
@@ -94,7 +94,9 @@ def _lines(folder: Path, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     share = f"{figures.fixed(trained)} of {figures.fixed(total)} parameters ({figures.percent(trained, total, 2)})"
     speed = f"{figures.fixed(summary.get('tokens_per_s'))} real tokens/s"
     steps, seconds = figures.fixed(summary.get("steps")), figures.duration(summary.get("seconds"))
+    found = lr_range.line(summary)
     return [
+        *([("learning rate", found)] if found else []),
         ("speed", f"{speed}, {steps} steps in {seconds}"),
         ("peak memory", ledger.peak(summary)),
         ("trainable", share),

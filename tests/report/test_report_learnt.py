@@ -59,7 +59,7 @@ def test_a_stronger_change_is_a_stronger_colour_in_its_row_and_column(tmp_path: 
 
 def test_curves_are_of_the_sites_that_changed_most_and_least_and_some_between(tmp_path: Path) -> None:
     drawn = learnt.curves(learnt.sites_of(DEEP))
-    names = re.findall(r">(\w+ \d+) \([\d.]+\)<", drawn)
+    names = re.findall(r">(\w+ \d+) \([\d.]+ %\)<", drawn)
     assert len(names) == learnt.CURVES
     assert names[0].endswith(" 29")
     assert names[-1].endswith(" 0")

@@ -141,6 +141,7 @@ def test_the_page_loads_nothing(folder: Path) -> None:
 
 
 NAMES = ["metrics.jsonl", "samples.jsonl", "summary.json", "config.yaml", "plan.txt", "events.log"]
+MORE = ["data.json", "identity.json", "ledger.json"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -149,7 +150,7 @@ def test_any_file_may_be_missing(folder: Path, name: str) -> None:
     written(folder)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *MORE])
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00{", b"[1, 2]", b"{\n" * 30, b"null", b"[" * 100_000])
 def test_any_file_may_hold_anything(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
@@ -221,6 +222,36 @@ def test_a_failed_run_says_what_happened(folder: Path) -> None:
     page = written(folder)
     assert "step 6: loss is nan" in page.text
     assert ("open", "") in page.attributes  # the events
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("stopped_early", 4, "ended after step 4: the held-out loss"),
+        ("pruned", {"step": 3, "best": 2.0}, "ended after step 3: other jobs"),
+        ("diverged", 2, "ended after step 2: the loss had run away"),
+    ],
+)
+def test_a_run_that_left_its_loop_early_says_why(folder: Path, name: str, value: Any, said: str) -> None:
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {name: value}))
+    assert said in written(folder).text
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {name: None}))
+    assert "Training ended" not in written(folder).text
+
+
+def test_what_was_not_measured_has_no_card_and_no_column(folder: Path) -> None:
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {"eval": {"before": None, "after": {"loss": 2.5}}}))
+    page = written(folder)
+    headings = re.findall("<th>([a-z ]*)</th>", (folder / "report.html").read_text(encoding="utf-8"))
+    assert "after" in headings
+    assert not {"before", "change"} & {*headings}
+    assert "Perplexity" not in page.text
+    assert "2.500" in page.text
+    (folder / "summary.json").write_text(json.dumps({"status": "failed", "error": "early"}))
+    (folder / "metrics.jsonl").unlink()
+    page = written(folder)
+    assert "Held-out" not in page.text
+    assert ("class", "card") not in page.attributes
 
 
 def test_rewriting_replaces_the_page_and_leaves_nothing_beside_it(folder: Path) -> None:
