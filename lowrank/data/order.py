@@ -54,6 +54,10 @@ class Batches:
         epoch = bisect.bisect_left(self.ends, step) - 1
         return self.epoch(epoch)[step - self.ends[epoch] - 1]
 
+    def tokens(self, step: int) -> list[int]:
+        """Of each micro-batch of a step."""
+        return [sum(len(self.documents[i].tokens) for i in micro) for micro in self.indices(step)]
+
     def steps(self, epochs: float) -> int:
         """Optimizer steps in ``epochs`` passes over the data, a started step counting whole."""
         whole = int(epochs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -63,6 +64,24 @@ def pack(documents: Sequence[Document]) -> Batch:
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
     }
     return Batch(inputs, positions, targets, tuple(d.row for d in documents), sum(lengths))
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Packs end to end, as the pack of all their documents in this order would be."""
+    starts = list(accumulate((batch.inputs["input_ids"].shape[1] for batch in batches), initial=0))[:-1]
+    edges = [b.inputs[BOUNDARIES][1:] + start for b, start in zip(batches, starts, strict=True)]
+    inputs = {
+        **batches[0].inputs,  # the mask that keeps transformers from building one
+        **{name: torch.cat([b.inputs[name] for b in batches], 1) for name in ("input_ids", "position_ids")},
+        BOUNDARIES: torch.cat([batches[0].inputs[BOUNDARIES][:1], *edges]),
+    }
+    return Batch(
+        inputs,
+        torch.cat([b.positions + start for b, start in zip(batches, starts, strict=True)]),
+        torch.cat([b.targets for b in batches]),
+        tuple(row for b in batches for row in b.rows),
+        sum(b.real_tokens for b in batches),
+    )
 
 
 def pad(documents: Sequence[Document]) -> Batch:

@@ -152,7 +152,7 @@ class NormGated(torch.autograd.Function):
             more = ctx.needs_input_grad[0] or trains(ctx.sites[:-1])
             grad_product, down = site.backward([grad.to(ctx.dtype)], value * up, ctx.sites[-1:], more)
             if grad_product is None:  # nothing below this site trains
-                return None, None, None, None, None, *[None] * (2 * len(ctx.sites) - 2), *down
+                return None, None, None, None, None, *[None] * len(site.tensors(ctx.sites[:-1])), *down
             grad_up = value.mul_(grad_product)  # (tokens, f)
             grad_gate = ctx.act.gradient(grad_product.mul_(up), gate)
             read = (grad_gate, grad_up) if len(products) == 2 else (torch.cat([grad_gate, grad_up], -1),)
@@ -164,7 +164,7 @@ class NormGated(torch.autograd.Function):
 
 
 def trains(sites: Sequence[Site]) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in site.tensors(sites))
+    return any(tensor.requires_grad for tensor in site.tensors(sites))
 
 
 def halves(products: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -192,7 +192,7 @@ class NormGelu(torch.autograd.Function):
             more = ctx.needs_input_grad[0] or trains(ctx.sites[:1])
             grad_act, down = site.backward([grad.to(ctx.dtype)], GELU.value(up), ctx.sites[1:], more)
             if grad_act is None:  # nothing below this site trains
-                return None, None, None, None, None, None, *down
+                return None, None, None, None, *[None] * len(site.tensors(ctx.sites[:1])), *down
             grad_up = GELU.gradient(grad_act, up)  # (tokens, f)
             h = ctx.norm.normed(x, statistics, ctx.dtype)
             grad_h, upped = site.backward([grad_up], h, ctx.sites[:1], ctx.needs_input_grad[0])

@@ -8,7 +8,7 @@ rows of a head of 49,152 × 576 in fp32 on one core took ten times as long.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from lowrank.fast.site import compute_dtype, dense
 
 Loss = Callable[[Any, Any], Tensor]
 CHUNK = 64 << 20  # bytes of fp32 logits at once …
-ROWS = {"cpu": 256}  # … but so many rows at least, 1,024 elsewhere: a product of few is slow
+ROWS = {"cpu": 128}  # … but so many rows at least, 1,024 elsewhere: a product of few is slow
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,25 @@ def chunked(otherwise: Loss) -> Loss:
 
     def target_loss(model: Any, batch: Any) -> Tensor:
         head = head_of(model)
-        if head is None:
-            return otherwise(model, batch)
-        hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state  # (rows, width, d)
-        return head_loss(hidden.flatten(0, 1)[batch.positions], batch.targets, head)
+        return otherwise(model, batch) if head is None else head_loss(hidden(model, batch), batch.targets, head)
 
     return target_loss
+
+
+def each_chunked(otherwise: Loss) -> Loss:
+    """The same of a loss that is not summed: (targets,), the −log p of each target token."""
+
+    def target_losses(model: Any, batch: Any) -> Tensor:
+        head = head_of(model)
+        return otherwise(model, batch) if head is None else head_losses(hidden(model, batch), batch.targets, head)
+
+    return target_losses
+
+
+def hidden(model: Any, batch: Any) -> Tensor:
+    """(targets, d): what the head reads to predict a batch's targets."""
+    found = model.base_model(**batch.inputs, use_cache=False).last_hidden_state  # (rows, width, d)
+    return found.flatten(0, 1)[batch.positions]
 
 
 def head_loss(h: Tensor, targets: Tensor, head: Head) -> Tensor:
@@ -83,24 +96,18 @@ def head_loss(h: Tensor, targets: Tensor, head: Head) -> Tensor:
     return FrozenHeadLoss.apply(h, targets, head, h.requires_grad and torch.is_grad_enabled())
 
 
+def head_losses(h: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """Row by row: h (rows, d), targets (rows,) → (rows,)."""
+    return FrozenHeadLosses.apply(h, targets, head, h.requires_grad and torch.is_grad_enabled())
+
+
 class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, targets: Tensor, head: Head, wanted: bool) -> Tensor:
-        dtype = compute_dtype(h)
-        weight = dense(head.layer, dtype).to(dtype)  # (vocabulary, d)
-        statistics = torch.promote_types(dtype, torch.float32)
-        rows = rows_at_once(weight.shape[0], h.device)
-        total = h.new_zeros((), dtype=statistics)
         grad = torch.empty_like(h) if wanted else None
-        with torch.autocast(h.device.type, enabled=False):
-            for first in range(0, len(h), rows):
-                part, wished = h[first : first + rows].to(dtype), targets[first : first + rows, None]
-                z = capped(linear.product(part, weight, head.layer.bias).to(statistics), head)  # (chunk, vocabulary)
-                lse = torch.logsumexp(z, -1, keepdim=True)  # (chunk, 1)
-                total += (lse - z.gather(1, wished)).sum()
-                if grad is not None:
-                    grad[first : first + rows] = linear.product(slope_(z, lse, wished, head).to(dtype), weight.T)
-                del z  # before the next one is there
+        total = h.new_zeros((), dtype=statistics(compute_dtype(h)))
+        for losses in by_chunk(h, targets, head, grad):
+            total += losses.sum()
         ctx.save_for_backward(grad)
         return total
 
@@ -109,6 +116,43 @@ class FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (of_h,) = ctx.saved_tensors
         return of_h * grad.to(of_h.dtype), None, None, None
+
+
+class FrozenHeadLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, targets: Tensor, head: Head, wanted: bool) -> Tensor:
+        grad = torch.empty_like(h) if wanted else None
+        losses = list(by_chunk(h, targets, head, grad))
+        ctx.save_for_backward(grad)
+        return torch.cat([h.new_empty(0, 1, dtype=statistics(compute_dtype(h))), *losses]).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (of_h,) = ctx.saved_tensors
+        return of_h * grad[:, None].to(of_h.dtype), None, None, None
+
+
+def by_chunk(h: Tensor, targets: Tensor, head: Head, grad: Tensor | None) -> Iterator[Tensor]:
+    """−log p of each target, (chunk, 1) at a time; its gradient for h is written to ``grad`` where that is given."""
+    dtype = compute_dtype(h)
+    weight = dense(head.layer, dtype).to(dtype)  # (vocabulary, d)
+    rows = rows_at_once(weight.shape[0], h.device)
+    for first in range(0, len(h), rows):
+        part, wished = h[first : first + rows].to(dtype), targets[first : first + rows, None]
+        with torch.autocast(h.device.type, enabled=False):
+            z = capped(linear.product(part, weight, head.layer.bias).to(statistics(dtype)), head)  # (chunk, vocabulary)
+            lse = torch.logsumexp(z, -1, keepdim=True)  # (chunk, 1)
+            losses = lse - z.gather(1, wished)
+            if grad is not None:
+                grad[first : first + rows] = linear.product(slope_(z, lse, wished, head).to(dtype), weight.T)
+            del z  # before the next one is there
+        yield losses
+
+
+def statistics(dtype: torch.dtype) -> torch.dtype:
+    """What logits are in, of products in ``dtype``."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def rows_at_once(vocabulary: int, device: torch.device) -> int:

@@ -18,6 +18,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.base import Adapted, Adapter
+from lowrank.adapters.together import Bundle
 
 SEEN = "_seen"  # the fused block's attribute
 GLOBAL = (
@@ -77,8 +78,11 @@ def note(block: nn.Module) -> None:
 
 
 def inside(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and what is in it, of a bank's adapters the chosen one alone: the others take no part in a call."""
+    """The module and what is in it, of a bank's adapters the chosen one alone: the others take no part in a call. A
+    bundle's are looked at as its children: their own runs see to them."""
     yield module
+    if isinstance(module, Bundle):
+        return
     for name, child in module.named_children():
         if not isinstance(module, Bank) or name in module.route.names:
             yield from inside(child)

@@ -2,14 +2,15 @@
 their LoRA.
 
 y = x Wᵀ + b + s·B A drop(x). ``forward`` and ``backward`` are the two directions of that line, rank first: of LoRA's
-own nothing wider than (tokens, r) is made, and its two products are added in place. drop(x) is x itself with p of its
-entries at zero while it is read: 1/(1 − p) goes into s. A mask is drawn once for all sites that share it.
+own nothing wider than (tokens, r) is made, and its two products are added in place (updates.py). drop(x) is x itself
+with p of its entries at zero while it is read: 1/(1 − p) goes into s. A mask is drawn once for all sites that share it.
+
+Where several runs train in one pass (adapters/together.py) a site has an update for each run's own rows of x.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,28 +20,13 @@ from torch import Tensor, nn
 from lowrank.adapters.bank import Bank
 from lowrank.adapters.base import LINEAR, Adapted, Adapter, dense_weight
 from lowrank.adapters.methods.adalora import AdaLoRA
-from lowrank.adapters.methods.dropout import Mask, mask, mask_of
+from lowrank.adapters.methods.dropout import mask_of
 from lowrank.adapters.methods.lora import LoRA
+from lowrank.adapters.together import Bundle
 from lowrank.fast import linear
 from lowrank.fast.cast import cast
+from lowrank.fast.updates import Update, groups
 from lowrank.quant.nf4 import NF4Linear
-
-
-@dataclass(frozen=True)
-class Update:
-    """A LoRA in one call: p and seed are those of its dropout mask."""
-
-    A: Tensor  # (r, in), what a gradient goes to …
-    B: Tensor  # (out, r)
-    a: Tensor  # … and the same in the dtype of products
-    b: Tensor
-    scale: float
-    p: float
-    seed: int
-
-    @property
-    def factor(self) -> float:
-        return self.scale / (1 - self.p)
 
 
 @dataclass(frozen=True)
@@ -48,7 +34,7 @@ class Site:
     """A layer, and what is added to its output; nothing where it stands bare."""
 
     layer: Any  # Linear, Conv1D or NF4Linear, frozen
-    update: Update | None = None
+    updates: tuple[Update, ...] = ()
 
 
 def site(module: nn.Module, dtype: torch.dtype) -> Site:
@@ -57,17 +43,19 @@ def site(module: nn.Module, dtype: torch.dtype) -> Site:
         return Site(module)
     if module.bypassed and module.original is not None:
         return Site(module.original)
+    if isinstance(module.adapter, Bundle):
+        return Site(module.base, tuple(update(one, dtype, rows) for one, rows in module.adapter.at_work()))
     adapter: Any = in_use(module)
-    return Site(module.base, None if adapter is None else update(adapter, dtype))
+    return Site(module.base, () if adapter is None else (update(adapter, dtype),))
 
 
-def update(adapter: Any, dtype: torch.dtype) -> Update:
+def update(adapter: Any, dtype: torch.dtype, rows: slice | None = None) -> Update:
     """AdaLoRA's is a LoRA of diag(E) A and B, to which autograd hands on the gradient of the first."""
     if type(adapter) is LoRA:
-        return Update(adapter.A, adapter.B, *cast(adapter, dtype), adapter.scale, *mask_of(adapter))
+        return Update(adapter.A, adapter.B, *cast(adapter, dtype), adapter.scale, *mask_of(adapter), rows)
     EA = adapter.E[:, None] * adapter.A  # (r, in)
     a, b = EA.detach().to(dtype), adapter.B.detach().to(dtype)
-    return Update(EA, adapter.B, a, b, adapter.scale, *mask_of(adapter))
+    return Update(EA, adapter.B, a, b, adapter.scale, *mask_of(adapter), rows)
 
 
 def in_use(module: Adapted) -> Adapter | None:
@@ -82,9 +70,10 @@ def why_not(module: nn.Module) -> str | None:
         return layer_why_not(module)
     if isinstance(module.adapter, Bank) and isinstance(module.adapter.route.chosen, tuple):
         return "the rows of a batch go through adapters of their own"
-    adapter = in_use(module)
-    if adapter is not None and type(adapter) not in (LoRA, AdaLoRA):
-        return f"{type(adapter).__name__} is not plain LoRA"
+    several = module.adapter.members.values() if isinstance(module.adapter, Bundle) else [in_use(module)]
+    for adapter in several:
+        if adapter is not None and type(adapter) not in (LoRA, AdaLoRA):
+            return f"{type(adapter).__name__} is not plain LoRA"
     return layer_why_not(module.original if module.bypassed and module.original is not None else module.base)
 
 
@@ -100,19 +89,17 @@ def layer_why_not(layer: nn.Module) -> str | None:
     return None
 
 
-def tensors(sites: Sequence[Site]) -> list[Tensor | None]:
-    """A and B of every site, the inputs of an autograd Function that a gradient goes to."""
-    return [tensor for s in sites for tensor in ((s.update.A, s.update.B) if s.update else (None, None))]
+def tensors(sites: Sequence[Site]) -> list[Tensor]:
+    """A and B of every update, site by site: the inputs of an autograd Function that a gradient goes to."""
+    return [tensor for s in sites for u in s.updates for tensor in (u.A, u.B)]
 
 
 def forward(h: Tensor, sites: Sequence[Site], added: Tensor | None = None) -> tuple[Tensor, ...]:
     """h Wᵀ + b + s·B A drop(h), plus ``added``, of each site: h (tokens, in) → (tokens, out), always new tensors."""
     within = added if added is not None and added.dtype == h.dtype else None
     ys = [linear.product(h, dense(s.layer, h.dtype), s.layer.bias, within) for s in sites]  # (tokens, out) each
-    for shared, members in by_mask(h, sites):
-        with read(h, shared) as z:
-            for i, u in members.items():
-                ys[i].addmm_(linear.product(z, u.a), u.b.T, alpha=u.factor)  # (tokens, r) → (tokens, out)
+    for group in groups(h, [s.updates for s in sites]):
+        group.add(h, ys)
     return tuple(ys if added is None or within is not None else [added + y for y in ys])  # in the wider of the two
 
 
@@ -125,41 +112,10 @@ def backward(
     for grad, s in zip(grads, sites, strict=True):
         if wanted:
             grad_h = linear.product(grad, dense(s.layer, grad.dtype).T, None, grad_h)  # (tokens, in)
-    found: list[Tensor | None] = [None] * (2 * len(sites))
-    for shared, members in by_mask(h, sites):
-        ranks = {i: linear.product(grads[i], u.b.T) for i, u in members.items()}  # (tokens, r) each
-        with read(h, shared) as z:
-            for i, u in members.items():
-                found[2 * i : 2 * i + 2] = of_factors(u, z, grads[i], ranks[i])
-        if grad_h is not None:
-            with nullcontext() if shared is None else shared.outside(grad_h):
-                for i, u in members.items():
-                    grad_h.addmm_(ranks[i], u.a, alpha=u.factor)
+    found: list[Tensor | None] = [None] * len(tensors(sites))
+    for group in groups(h, [s.updates for s in sites]):
+        group.back(grads, h, grad_h, found)
     return grad_h, found
-
-
-def of_factors(u: Update, z: Tensor, grad: Tensor, rank: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """∂L/∂A = s·(g B)ᵀ z and ∂L/∂B = s·gᵀ (A z), of those that train; z (tokens, in), ``rank`` = g B (tokens, r)."""
-    grad_A = grad_B = None
-    if u.A.requires_grad:
-        grad_A = linear.product(rank.T, z.T).mul_(u.factor).to(u.A.dtype)  # (r, in)
-    if u.B.requires_grad:
-        hidden = linear.product(z, u.a)  # (tokens, r)
-        grad_B = linear.product(hidden.T, grad.T).T.mul(u.factor).to(u.B.dtype)  # (out, r)
-    return grad_A, grad_B
-
-
-def by_mask(h: Tensor, sites: Sequence[Site]) -> list[tuple[Mask | None, dict[int, Update]]]:
-    """The updates, by the numbers of their sites, gathered by what they drop of h: each mask is drawn once."""
-    groups: dict[tuple[float, int], dict[int, Update]] = {}
-    for i, s in enumerate(sites):
-        if s.update is not None:
-            groups.setdefault((s.update.p, s.update.seed), {})[i] = s.update
-    return [(mask(h, p, seed) if p else None, members) for (p, seed), members in groups.items()]
-
-
-def read(h: Tensor, dropped: Mask | None) -> AbstractContextManager[Tensor]:
-    return nullcontext(h) if dropped is None else dropped.zeroed(h)
 
 
 def dense(layer: nn.Module, dtype: torch.dtype) -> Tensor:

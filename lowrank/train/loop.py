@@ -63,6 +63,25 @@ class State:
         self.data_order = hashlib.sha256(f"{self.data_order}{rows}".encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A step before its first forward."""
+
+    step: int
+    batches: Sequence[MicroBatch]
+    targets: int  # of the whole step
+    guard: Guard
+    lr: float
+
+
+@dataclass(frozen=True)
+class Made:
+    """A step after its update."""
+
+    loss: float  # mean over the step's targets
+    norm: float
+
+
 @dataclass
 class Loop:
     """``step()`` is one optimizer step; ``run(n)`` makes them until step n."""
@@ -97,50 +116,63 @@ class Loop:
                     record = self.step()
                 except NotFinite as error:
                     self.skip(error.fault)
-                    continue
-                if record is not None:
-                    for hook in self.hooks:
-                        hook.after_step(record)
+                else:
+                    self.tell(record)
 
     def step(self) -> StepRecord | None:
         """One optimizer step, or None where fp16's loss scale overflowed: the same step then comes again."""
         started = time.perf_counter()
+        begun = self.begin()
+        losses = self.passes(begun)
+        made = self.update_by(begun, losses)
+        return None if made is None else self.count(begun, made, time.perf_counter() - started)
+
+    def begin(self) -> Begun:
+        """What comes before the first forward: the step's batches, no gradients, its learning rate."""
         step = self.state.step + 1
         batches = self.batches.at(self.state.position + 1)
-        targets = sum(len(batch.targets) for batch in batches)  # of the whole step, before the first forward
+        targets = sum(len(batch.targets) for batch in batches)
         guard = self.guard(step, batches, targets)
         if not self.model.training:  # it goes through every module
             self.model.train()
         self.update.clear()
-        lr = set_lr(self.optimizer, self.schedule(step))
+        return Begun(step, batches, targets, guard, set_lr(self.optimizer, self.schedule(step)))
+
+    def passes(self, begun: Begun) -> list[Tensor]:
+        """Forward and backward of each micro-batch: their losses, each summed over its targets."""
         losses = []
         with default_generator_restored():
-            for index, batch in enumerate(batches):
-                loss = self.forward(step, index, batch)
+            for index, batch in enumerate(begun.batches):
+                loss = self.forward(begun.step, index, batch)
                 losses.append(loss.detach())
                 if self.update.at_once:
-                    guard.losses(finite.read(losses))
-                self.precision.backward(loss / targets)
+                    begun.guard.losses(finite.read(losses))
+                self.precision.backward(loss / begun.targets)
+        return losses
+
+    def update_by(self, begun: Begun, losses: Sequence[Tensor]) -> Made | None:
+        """The update that the gradients give, once all that was found on the way to it is finite; None where fp16's
+        overflowed."""
         penalty = self.penalty()
         if isinstance(penalty, Tensor):
             self.precision.backward(penalty)
         self.precision.unscale(self.update.gathered())
         norm = self.update.norm()
         *told, pulled, length = finite.read([*losses, penalty, norm])
-        guard.losses(told)
-        guard.penalty(pulled)
-        if guard.overflowed(length):
+        begun.guard.losses(told)
+        begun.guard.penalty(pulled)
+        if begun.guard.overflowed(length):
             self.precision.halve()
             return None
         self.update.clip(self.max_norm, norm, length)
         for hook in self.hooks:
-            hook.before_update(step)
+            hook.before_update(begun.step)
         self.update.step()
         self.precision.made()
-        guard.updated(lr)
+        begun.guard.updated(begun.lr)
         for hook in self.hooks:
-            hook.after_update(step)
-        return self.count(batches, sum(told) / targets, lr, length, time.perf_counter() - started)
+            hook.after_update(begun.step)
+        return Made(sum(told) / begun.targets, length)
 
     def forward(self, step: int, index: int, batch: MicroBatch) -> Tensor:
         """The summed loss of a micro-batch, all randomness keyed: the same bits whenever it is called."""
@@ -149,17 +181,24 @@ class Loop:
         with self.precision.autocast():
             return self.loss(self.model, batch.to(self.device))
 
-    def count(self, batches: Sequence[MicroBatch], loss: float, lr: float, norm: float, seconds: float) -> StepRecord:
-        targets, real = sum(len(b.targets) for b in batches), sum(b.real_tokens for b in batches)
-        stands_out, memory = spike(self.state.recent, loss), peak_memory_mb(self.device)
+    def count(self, begun: Begun, made: Made, seconds: float) -> StepRecord:
+        targets, real = begun.targets, sum(b.real_tokens for b in begun.batches)
+        stands_out, memory = spike(self.state.recent, made.loss), peak_memory_mb(self.device)
         self.state.step += 1
-        self.state.consume(batches)
+        self.state.consume(begun.batches)
         self.state.skipped_in_row = 0
         self.state.real_tokens += real
         self.state.target_tokens += targets
         self.state.seconds += seconds
-        self.state.recent = [*self.state.recent, loss][-WINDOW:]
-        return StepRecord(self.state.step, loss, lr, norm, targets, real, real / seconds, memory, seconds, stands_out)
+        self.state.recent = [*self.state.recent, made.loss][-WINDOW:]
+        told = (targets, real, real / seconds, memory, seconds, stands_out)
+        return StepRecord(self.state.step, made.loss, begun.lr, made.norm, *told)
+
+    def tell(self, record: StepRecord | None) -> None:
+        """The hooks of a step that was made."""
+        if record is not None:
+            for hook in self.hooks:
+                hook.after_step(record)
 
     def guard(self, step: int, batches: Sequence[MicroBatch], targets: int) -> Guard:
         def again(index: int) -> None:

@@ -28,7 +28,18 @@ def target_loss(model: nn.Module, batch: TargetBatch) -> Tensor:
     tokens, one in eight is a target, and the head of a small model is a fifth of its work.
     """
     logits = target_logits(model, batch)  # (targets, vocabulary)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.targets, reduction="sum")
+    return F.cross_entropy(wide(logits), batch.targets, reduction="sum")
+
+
+def target_losses(model: nn.Module, batch: TargetBatch) -> Tensor:
+    """The same of each target token, not summed: (targets,)."""
+    logits = target_logits(model, batch)  # (targets, vocabulary)
+    return F.cross_entropy(wide(logits), batch.targets, reduction="none")
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def target_logits(model: nn.Module, batch: TargetBatch) -> Tensor:

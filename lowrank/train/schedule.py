@@ -21,12 +21,29 @@ def schedule(kind: str, *, warmup: float, total: int, options: dict[str, Any] | 
 
     Warm-up is linear and starts at 1/warm-up, not at 0: the first step trains. Step ``warm-up`` and the one after
     have the peak; then ``linear`` falls towards 0, reached one step after ``total``, ``cosine`` by half a cosine,
-    ``constant`` stays; any other kind is transformers' (``get_scheduler``). Raises ValueError where that does not
-    know the kind or its options, or its learning rate is not a function of the step.
+    ``constant`` stays; any other kind is transformers' (``get_scheduler``), but for ``exponential``, which grows to the
+    peak and has no warm-up. Raises ValueError where a kind or its options are not known, or its learning rate is not a
+    function of the step.
     """
+    if kind == "exponential":
+        return growth(warmup, total, options or {})
     warm = warmup_steps(warmup, total)
     after = decay(kind, warm, total, options or {})
     return lambda step: step / warm if step <= warm else after(step - 1)
+
+
+def growth(warmup: float, total: int, options: dict[str, Any]) -> Schedule:
+    """A learning-rate range test (Smith, arXiv 1506.01186): from ``options["start"]`` times the peak at the first step
+    to the peak at the last, each step by the same factor."""
+    unknown = [name for name in options if name != "start"]
+    if unknown:
+        raise ValueError(f"schedule.options.{unknown[0]}: unknown key. Allowed with schedule.kind=exponential: start.")
+    start = options.get("start", 1e-4)
+    if isinstance(start, bool) or not isinstance(start, (int, float)) or not 0 < start < 1:
+        raise ValueError(f"schedule.options.start: {start} is not allowed; a number between 0 and 1, both excluded.")
+    if warmup:
+        raise ValueError(f"schedule.warmup: {warmup:g} is not allowed; 0, because schedule.kind=exponential grows.")
+    return lambda step: start ** (1 - min(1.0, (step - 1) / max(1, total - 1)))
 
 
 def decay(kind: str, warm: int, total: int, options: dict[str, Any]) -> Schedule:

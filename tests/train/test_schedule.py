@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -98,3 +99,19 @@ def test_order_of_calls_does_not_matter() -> None:
 def test_an_unknown_kind_or_option_is_an_error_and_never_ignored(kind: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"schedule|valid"):
         schedule(kind, warmup=2, total=20, options=options)
+
+
+def test_a_range_test_grows_by_the_same_factor_each_step_up_to_the_peak() -> None:
+    found = factors("exponential", 0, total=9, start=1e-4)
+    assert found[0] == pytest.approx(1e-4)
+    assert found[8] == found[9] == 1.0
+    assert [b / a for a, b in itertools.pairwise(found[:9])] == pytest.approx([10 ** (4 / 8)] * 8)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "options", "named"),
+    [(0, {"start": 0}, "start: 0"), (0, {"start": 2.0}, "start: 2"), (0, {"stop": 1}, "stop"), (3, {}, "warmup: 3")],
+)
+def test_a_range_test_refuses_what_it_cannot_do(warmup: float, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        schedule("exponential", warmup=warmup, total=9, options=options)
