@@ -37,7 +37,8 @@ class Bare:
     def short(self) -> tuple[int, ...]:
         """The fewest blocks of each run that tell what all of them take: a first, a last and none between; all of them
         where an adapter around the decoder counts them."""
-        whole = any(kinds(self.model)[path] == "backbone" for path, _ in adapted(self.model))
+        kind = kinds(self.model)
+        whole = any(kind[path] == "backbone" for path, _ in adapted(self.model))
         return self.runs if whole else tuple(min(count, SHORT) for count in self.runs)
 
     @contextmanager

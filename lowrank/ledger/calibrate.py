@@ -100,6 +100,7 @@ def place(parts: Parts, data: Data | None) -> Path:
         name: value
         for name, value in asdict(config.loop).items()
         if name not in ("steps", "epochs", "max_seconds", "patience", "average", "on_nonfinite", "max_skipped")
+        and name not in ("prune", "diverged")
     }
     lengths = [(len(e.tokens), sum(e.target)) for e in data.train] if data else config.data.max_length
     depends = [

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from typing import Any
 
 from lowrank import assemble
-from lowrank.adapters.sites import blocks, sites
+from lowrank.adapters.sites import adapted, blocks, kinds, sites
 from lowrank.assemble import Data, Parts
 from lowrank.eval.generate import room
 from lowrank.fast.block import why_not
@@ -16,13 +15,11 @@ from lowrank.fast.recompute import widths
 from lowrank.ledger import bare as without_values
 from lowrank.ledger import process, step
 from lowrank.ledger.bare import Bare
-from lowrank.ledger.calibrate import cached
 from lowrank.ledger.ledger import PARTS, Ledger, Shape
 from lowrank.ledger.optimizer import gradients_kept, of, state_bytes
 from lowrank.ledger.resident import by_part, size_of
 from lowrank.ledger.shapes import at_most, of_data, share
 from lowrank.ledger.step import Found
-from lowrank.record.directory import Log
 
 MORE = 0.01  # of the peak, that is worth another look
 NOTHING = "not worth a look"
@@ -48,23 +45,7 @@ def predict(parts: Parts, data: Data | None, interpreter: int | None = None) -> 
     judged = over_blocks(bare, lambda kept: evaluation(bare, parts, shape, share(data)))
     flops = over_blocks(bare, lambda kept: counting(bare, kept, parts, longest, share(data)))
     always, again = {"interpreter": before, **static}, computed_again(bare, parts, shape, cost)
-    return put_together(parts, always, again, cost, probe, judged, flops, shape)
-
-
-def foretold(parts: Parts, data: Data | None, interpreter: int, log: Log) -> Ledger | None:
-    """``predict``, told of in a line, with the tokens a second where this machine was measured for the same before. A
-    model whose code cannot run without values may train all the same: what is wrong is then said, with its traceback
-    in the log's file, and there is no prediction."""
-    try:
-        ledger = predict(parts, data, interpreter)
-        if (speed := cached(parts, data)) is not None:
-            ledger = replace(ledger, tokens_per_s=speed.tokens_per_s)
-    except Exception as failed:
-        log.say(f"memory: no prediction ({type(failed).__name__}: {str(failed).partition(chr(10))[0]})")
-        log.note(traceback.format_exc())
-        return None
-    log.say(ledger.line)
-    return ledger
+    return put_together(parts, holes(bare.model), always, again, cost, probe, judged, flops, shape)
 
 
 def largest(bare: Bare, parts: Parts, data: Data | None, shape: Shape) -> tuple[Shape, Found]:
@@ -164,6 +145,7 @@ def resident(bare: Bare, parts: Parts) -> dict[str, int]:
 
 def put_together(
     parts: Parts,
+    holes: float,
     always: dict[str, int],
     again: int,
     cost: Found,
@@ -179,7 +161,7 @@ def put_together(
     left = 0 if always["gradients"] else 4 * parts.plan.trainable_parameters  # of the step before an evaluation
 
     def slack(size: int, again: int = 0) -> int:
-        return process.slack(parts.device, parts.config.quant.kind != "none", size, again)
+        return process.slack(parts.device, parts.config.quant.kind != "none", holes, size, again)
 
     added = sum(most.values())
     besides = slack(added, again)
@@ -200,6 +182,16 @@ def put_together(
         shape,
         str(parts.device),
     )
+
+
+def holes(model: Any) -> float:
+    """How much of what a step adds lies unused between its tensors on a CPU: more, the more linear layers are not
+    bare."""
+    kind = kinds(model)
+    linears = [path for path in kind if kind[path] == "linear"]
+    there = {path for path, _ in adapted(model)}
+    busy = sum(path in there for path in linears) / len(linears) if there and linears else 1.0
+    return process.FEWER + (process.HOLES - process.FEWER) * busy
 
 
 def loading(parts: Parts, always: dict[str, int]) -> int:

@@ -30,10 +30,14 @@ class Record(Hook):
         self.parts: dict[str, int] = {}
         self.tokens = 0  # of the largest micro-batch so far
 
-    def begin(self, ledger: Ledger | None, loop: Loop) -> None:
+    def begin(self, ledger: Ledger | None, loop: Loop, together: int = 1) -> None:
+        """``together``: of so many runs, all of them in one pass, the prediction is, and what will be measured."""
         self.loop = loop
         self.predicted = None if ledger is None else ledger.to_dict()
-        directory.write_json(self.path, {**directory.read_json(self.path), "predicted": self.predicted})
+        told = directory.read_json(self.path)
+        told = {name: value for name, value in told.items() if name != "together"}
+        shared = {"together": together} if together > 1 else {}
+        directory.write_json(self.path, {**told, **shared, "predicted": self.predicted})
 
     @property
     def peak_mb(self) -> float | None:

@@ -32,9 +32,9 @@ class Shortage:
     interpreter: int
 
     @classmethod
-    def of(cls, parts: Parts, data: Data | None) -> Shortage:
-        """Of a run whose weights are not read yet."""
-        return cls(parts, data, process.interpreter(parts.device))
+    def of(cls, parts: Parts, data: Data | None, held: int = 0) -> Shortage:
+        """Of a run whose weights are not read yet, but for so many bytes that the process holds of them."""
+        return cls(parts, data, max(0, process.interpreter(parts.device) - held))
 
     def warning(self) -> str | None:
         """A line, before a weight is read, where what is predicted clearly exceeds what there is; else None. A run that

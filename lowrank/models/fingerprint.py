@@ -32,6 +32,20 @@ def tensor_hash(tensor: Tensor) -> str:
     return hashed.hexdigest()
 
 
+def checksum(module: nn.Module) -> int:
+    """The bytes of all parameters and buffers added up as whole numbers: a change of any one word changes it. A tenth
+    of a fingerprint's time."""
+    tensors = {(t.data_ptr(), t.shape): t for t in (*module.parameters(), *module.buffers())}
+    return sum(words(tensor.detach()) for tensor in tensors.values())
+
+
+def words(tensor: Tensor) -> int:
+    """The sum, modulo 2⁶⁴, of a tensor's bytes eight at a time."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    whole = 0 if flat.data_ptr() % 8 or flat.storage_offset() % 8 else flat.numel() // 8 * 8
+    return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())
+
+
 def base_id(fingerprint: Mapping[str, str]) -> str:
     """One hash over names and tensor hashes: equal exactly where every tensor is."""
     lines = "".join(f"{name} {fingerprint[name]}\n" for name in sorted(fingerprint))
