@@ -14,7 +14,7 @@ help:  ## this list
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,tensorboard]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,tensorboard,sweep]'
 	touch $@
 
 setup: $(VENV)/.ready
