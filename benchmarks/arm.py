@@ -36,9 +36,6 @@ class Result:
     def tokens_per_s(self, warmup: int) -> float:
         return sum(self.real_tokens[warmup:]) / sum(self.seconds[warmup:])
 
-    def seconds_a_step(self, warmup: int) -> float:
-        return sum(self.seconds[warmup:]) / len(self.seconds[warmup:])
-
     def print(self) -> None:
         print(json.dumps(asdict(self)), flush=True)
 

@@ -141,21 +141,34 @@ TABLE = [
         ".1e",
         "",
     ),
+    Goal(
+        "… ours from the same in fp64, of PEFT's distance from it",
+        "≤ 1×",
+        lambda found: [found["losses"]["from_fp64"] / found["losses"]["peer_from_fp64"]],
+        most(1),
+    ),
     Goal("AdaLoRA's tokens/s, of LoRA's", "≥ 0.95×", ratio("methods", "AdaLoRA", "LoRA"), least(0.95)),
     Goal("prefix-20's tokens/s, of LoRA's", "≥ 0.97×", ratio("methods", "prefix-20", "LoRA"), least(0.97)),
     Goal("a step with dropout 0.05, of one without", "≤ 1.15×", ratio("methods", "LoRA", "dropout 0.05"), most(1.15)),
     Goal("bf16 in hardware (AMX), both sides: of PEFT + Trainer", "≥ 3×", ratio("peers-bf16", OURS, TRAINER), least(3)),
     Goal("… of our own fp32", "≥ 2×", ratio("peers-bf16", OURS, "lowrank, fp32"), least(2)),
 ]
-CURVES = [
-    share("memory against T: slope, of the formula", 0.02, off("memory")),
-    share("real tokens/s against length variance: flat", 0.03, off("variance")),
-    share("tokens/s against resident adapters: flat", 0.02, off("residents")),
-    Goal("r = 64, of r = 8", "≥ 0.93×", ends("ranks", "tokens_per_s"), least(0.93)),
-    share("memory of the loss against V: flat", 0.10, off("loss")),
-    Goal("a step with 5 % targets, of one with 75 %", "< 1×", ends("targets", "seconds"), lambda v: v < 1),
-    share("adapters on the top k layers: the formula", 0.08, off("top")),
-]
+
+
+def curves(prefix: str = "") -> list[Goal]:
+    """Of the pieces whose names begin so."""
+    return [
+        share("memory against T: slope, of the formula", 0.02, off(f"{prefix}memory")),
+        share("real tokens/s against length variance: flat", 0.03, off(f"{prefix}variance")),
+        share("tokens/s against resident adapters: flat", 0.02, off(f"{prefix}residents")),
+        Goal("r = 64, of r = 8", "≥ 0.93×", ends(f"{prefix}ranks", "tokens_per_s"), least(0.93)),
+        share("memory of the loss against V: flat", 0.10, off(f"{prefix}loss")),
+        Goal("a step with 5 % targets, of one with 75 %", "< 1×", ends(f"{prefix}targets", "seconds"), lambda v: v < 1),
+        share("adapters on the top k layers: the formula", 0.08, off(f"{prefix}top")),
+    ]
+
+
+CURVES = curves()
 LEDGER = [
     share("ledger: peak", 0.05, ledger("peak_mb")),
     share("ledger: tokens/s", 0.10, ledger("tokens_per_s")),
@@ -199,11 +212,5 @@ CUDA = [
     Goal("optimizer and clipping", "≤ 1 ms", unmade, most(1), ".2f", " ms"),
     Goal("a save keeps the loop waiting", "≤ 50 ms", unmade, most(50), ".0f", " ms"),
     Goal("tokens/s at s = 2k, of those at 32k", "≤ 2.2×", ends("1b-lengths", "tokens_per_s", turned=True), most(2.2)),
-    share("memory against T: slope, of the formula", 0.02, off("1b-memory")),
-    share("real tokens/s against length variance: flat", 0.03, off("1b-variance")),
-    share("tokens/s against resident adapters: flat", 0.02, off("1b-residents")),
-    Goal("r = 64, of r = 8", "≥ 0.93×", ends("1b-ranks", "tokens_per_s"), least(0.93)),
-    share("memory of the loss against V: flat", 0.10, off("1b-loss")),
-    Goal("a step with 5 % targets, of one with 75 %", "< 1×", ends("1b-targets", "seconds"), lambda v: v < 1),
-    share("adapters on the top k layers: the formula", 0.08, off("1b-top")),
+    *curves("1b-"),
 ]

@@ -1,4 +1,4 @@
-"""PEFT with everything of ours that it can be given: ``python -m benchmarks.packed FOLDER``.
+"""PEFT with everything of ours that it can be given: ``python -m benchmarks.packed FOLDER [fp64]``.
 
 A plain loop over PEFT's layers: our packs (documents end to end, positions that restart), our attention within each
 document, logits on target rows alone, fused AdamW. What is left of the difference is layers, LoRA and the loss.
@@ -48,7 +48,7 @@ def batches(about: dict[str, Any]) -> Iterator[Batch]:
 def loss_of(model: Any, batch: Batch) -> torch.Tensor:
     """Mean over target tokens."""
     logits = model(**batch.inputs, use_cache=False, logits_to_keep=batch.positions).logits[0]  # (targets, vocabulary)
-    return F.cross_entropy(logits.float(), batch.targets)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.targets)
 
 
 def train(model: Any, about: dict[str, Any]) -> dict[str, list[Any]]:
@@ -88,9 +88,11 @@ def train(model: Any, about: dict[str, Any]) -> dict[str, list[Any]]:
     return found
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, double: bool = False) -> None:
+    """``double``: every number in fp64, against which the rounding of the others is seen."""
     about = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
     model = build(folder, about)
+    model = model.double() if double else model
     base = model.get_base_model()
     refused = attention.install(base)
     if refused:
@@ -111,4 +113,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), double="fp64" in sys.argv[2:])

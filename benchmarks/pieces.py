@@ -130,7 +130,11 @@ class Making:
 
     def losses(self) -> Piece:
         work = replace(self.real(self.size.losses), micro_batch=2)
-        arms = (Arm("PEFT, our packs and head rows", work, PACKED), Arm("lowrank", work))
+        arms = (
+            Arm("PEFT, our packs and head rows", work, PACKED),
+            Arm("lowrank", work),
+            Arm("PEFT in fp64", work, PACKED, ("fp64",)),
+        )
         return Piece("losses", "losses step by step", arms, 1, losses=True)
 
     def methods(self) -> Piece:

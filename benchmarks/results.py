@@ -141,13 +141,15 @@ def summary(piece: Piece, file: File) -> dict[str, Any]:
 
 
 def losses(piece: Piece, file: File) -> dict[str, Any]:
-    """The losses of a piece that compares them, and how far those of the first two arms are apart."""
+    """The losses of a piece that compares them: how far those of the first two arms are apart, and each of the two from
+    the last, which is in fp64."""
     if not piece.losses:
         return {}
     found = {row["arm"]: row for row in file.rows if "losses" in row}
-    one, other = (found[arm.name] for arm in piece.arms[:2])
+    one, other, exact = (found[arm.name] for arm in piece.arms)
     curves = {name: [rounded(loss, 8) for loss in row["losses"]] for name, row in found.items()}
-    return {"losses": curves, "apart": float(f"{apart(one, other):.2g}")}
+    distances = {"apart": apart(one, other), "peer_from_fp64": apart(one, exact), "from_fp64": apart(other, exact)}
+    return {"losses": curves, **{name: rounded(value, 2) for name, value in distances.items()}}
 
 
 def ledger(predicted: Sequence[Mapping[str, float]]) -> dict[str, Any]:

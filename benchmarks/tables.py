@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks import curves, goals, results
 from benchmarks.goals import Goal, spread
 
+HERE = Path(__file__).parent
 PLACES = ("bench", "curves", "bench-cuda")  # marks: <!-- bench: … --> … <!-- /bench -->
 FIGURES = {
     "tokens_per_s": ("tokens/s", ",.0f"),
@@ -71,16 +72,38 @@ def conditions(found: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [f"{note}\n\n" + "\n".join(f"- {', '.join(of)}: {text}." for text, of in said.items())] if said else []
 
 
+def front(found: Mapping[str, Any]) -> str:
+    """What the project's own README shows of it: speed and memory of the four programs, and ours in each peer's."""
+    arms: Mapping[str, Any] = found["peers"]["arms"]
+    ours = goals.OURS
+    lines = [
+        "| | real tokens/s | lowrank: faster | peak memory, MB | lowrank: share of it |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for arm, values in arms.items():
+        cells = [arm]
+        for name, form in (("tokens_per_s", ",.0f"), ("peak_mb", ",.0f")):
+            times = goals.ratio("peers", ours, arm, name)(found)
+            cells += [spread(values[name], form), "" if arm == ours else f"{spread(times, '.2f')}×"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def write(folder: Path, found: Mapping[str, Any]) -> None:
-    """results/results.json, plots/ and the tables between the marks of README.md."""
+    """results/results.json, plots/ and the tables between the marks of README.md, and of that above ``folder``."""
     results.write(folder / "results", found)
     for name, piece in found.items():
         if "curve" in piece:
             about = f"{piece['about']['device']}, {piece['about']['commit']}"
             curves.png(curves.drawn(name, found), folder / "plots" / f"{name}.png", about)
-    readme = folder / "README.md"
+    renew(folder / "README.md", parts(found))
+    if folder == HERE and "peers" in found:
+        renew(folder.parent / "README.md", {"peers": front(found)})
+
+
+def renew(readme: Path, contents: Mapping[str, str]) -> None:
     text = readme.read_text(encoding="utf-8")
-    for place, content in parts(found).items():
+    for place, content in contents.items():
         text = placed(text, place, content)
     readme.write_text(text, encoding="utf-8")
 
