@@ -13,6 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lowrank import compose, config
+from lowrank.sweep import standing
+from lowrank.sweep.death import end_with_launcher
+from lowrank.sweep.failures import failures
 from lowrank.train.stopping import Stopping
 
 os.environ.setdefault("LOWRANK_OUTPUTS", str(Path(__file__).resolve().parent / "outputs"))
@@ -22,9 +25,9 @@ stopping = Stopping()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(node: DictConfig) -> None:
+def main(node: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with compose.reporting(folder):
+    with compose.of_job(folder):
         settings = config.parse(node)
         from lowrank import run  # imports torch, which --help and --cfg do not wait for
         from lowrank.report import terminal
@@ -32,14 +35,18 @@ def main(node: DictConfig) -> None:
         if config.planning(node):
             for text in run.plan(settings, folder):
                 print(text)
-            return
+            return None
         command = shlex.join(["python", "train.py", *HydraConfig.get().overrides.task])
         done = run.train(settings, folder, command, stopping)
         terminal.closing(folder, done.summary, done.samples)
+        metric = config.sweeping(node).metric if compose.called_by_launcher() else None
+        return None if metric is None else standing.number(folder, metric)
 
 
 if __name__ == "__main__":
     with stopping.held(), compose.reporting():  # a run heeds signals; modules that import would swallow one
+        end_with_launcher()
         stopping.install()
-        sys.argv[1:] = compose.whole_targets(sys.argv[1:])
-        main()
+        sys.argv[1:] = compose.understood(sys.argv[1:])
+        with failures.named():
+            main()

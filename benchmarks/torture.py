@@ -25,7 +25,20 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE":
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, not the one above it
 
-from benchmarks.ordeals import drift, flips, fuzz, ground, kills, nonfinite, owners, parts, signals, table  # noqa: E402
+from benchmarks.ordeals import (  # noqa: E402
+    drift,
+    flips,
+    fuzz,
+    ground,
+    kills,
+    nonfinite,
+    overrides,
+    owners,
+    parts,
+    signals,
+    sweep,
+    table,
+)
 from benchmarks.ordeals.arm import Row  # noqa: E402
 from benchmarks.ordeals.ground import Ground  # noqa: E402
 
@@ -42,7 +55,9 @@ PARTS: dict[str, Part] = {
     "flips": lambda place, points: flips.rows(place, points or 10_000),
     "nonfinite": lambda place, points: nonfinite.rows(place, points),
     "fuzz": lambda place, points: fuzz.rows(place, points or 100_000),
+    "overrides": lambda place, points: overrides.rows(place, points or 100_000),
     "owners": lambda place, points: owners.rows(place, 8, points or 50),
+    "sweep": lambda place, points: sweep.rows(place, points or 100),
 }
 
 

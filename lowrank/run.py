@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -177,7 +177,22 @@ def open(folder: str | Path) -> Run:
     return run
 
 
-def train(config: Config, folder: str | Path, command: str | None = None, stopping: Stopping | None = None) -> Run:
+class Assembly(Protocol):
+    """Where the parts of a run come from: ``lowrank.assemble``, or what keeps some of them from run to run."""
+
+    def parts(self, config: Config, /) -> Parts: ...
+    def data(self, config: Config, tokenizer: PreTrainedTokenizerBase, /) -> Data: ...
+    def held(self, parts: Parts, /) -> int: ...
+    def load(self, parts: Parts, /) -> Loaded: ...
+
+
+def train(
+    config: Config,
+    folder: str | Path,
+    command: str | None = None,
+    stopping: Stopping | None = None,
+    made: Assembly = assemble,
+) -> Run:
     """Trains what ``config`` describes in the run directory ``folder``; ``command`` is what reproduces it.
 
     Raises the errors of ``lowrank.errors``; where nothing was trained, no directory is left.
@@ -186,12 +201,12 @@ def train(config: Config, folder: str | Path, command: str | None = None, stoppi
     with (stopping or Stopping()).installed() as stopping, stopping.at_once(), lock.owned(folder):
         resuming.refuse_second_run(config, folder)
         resuming.check_allowed(config, folder)
-        parts, data = read(config, log)
-        shortage = Shortage.of(parts, data)
+        parts, data = read(config, log, made)
+        shortage = Shortage.of(parts, data, made.held(parts))
         if warning := shortage.warning():
             log.say(warning)
         with shortage.told():
-            loaded = load(parts, log)
+            loaded = load(parts, log, made)
             session = Session(parts, data, loaded, folder, log, command, stopping, shortage)
             if session.finished:
                 log.say(f"{folder}: this run is done; nothing to resume.")
@@ -223,18 +238,18 @@ def assembled(config: Config, log: Log) -> tuple[Parts, Data, Loaded]:
     return parts, data, load(parts, log)
 
 
-def read(config: Config, log: Log) -> tuple[Parts, Data]:
+def read(config: Config, log: Log, made: Assembly = assemble) -> tuple[Parts, Data]:
     """What is known before a weight is read."""
-    parts = assemble.parts(config)
+    parts = made.parts(config)
     log.say(str(parts))
-    data = assemble.data(config, parts.tokenizer)
+    data = made.data(config, parts.tokenizer)
     log.say(str(data))
     assemble.check_length(parts, data)
     return parts, data
 
 
-def load(parts: Parts, log: Log) -> Loaded:
-    loaded = assemble.load(parts)
+def load(parts: Parts, log: Log, made: Assembly = assemble) -> Loaded:
+    loaded = made.load(parts)
     for note in (*parts.plan.notes, *loaded.notes):
         log.say(note)
     return loaded

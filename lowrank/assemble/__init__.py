@@ -18,8 +18,8 @@ from lowrank.assemble.resolved import (
     skeleton,
     tokenised,
 )
-from lowrank.assemble.training import evaluator, loss, optimizer, quickened, updating
-from lowrank.assemble.weights import Loaded, base, load, ready
+from lowrank.assemble.training import evaluator, loss, losses, optimizer, quickened, updating
+from lowrank.assemble.weights import Loaded, base, held, load, ready
 
 __all__ = [
     "Data",
@@ -31,8 +31,10 @@ __all__ = [
     "check_optimizer",
     "data",
     "evaluator",
+    "held",
     "load",
     "loss",
+    "losses",
     "optimizer",
     "parts",
     "quant_options",

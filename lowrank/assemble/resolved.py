@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from lowrank.errors import ConfigError, OutOfMemory
 from lowrank.models import load as models
 from lowrank.quant.convert import quantize
 from lowrank.schema import Config
-from lowrank.track import writer_class
+from lowrank.track import tracker_class
 from lowrank.train import in_backward, optim
 from lowrank.train import precision as precisions
 
@@ -46,8 +47,11 @@ class Parts:
         )
 
 
-def parts(config: Config) -> Parts:
-    """Raises ConfigError for a model that is not there, targets that match nothing, a device that is missing."""
+def parts(config: Config, read: Callable[[Any], PreTrainedTokenizerBase] = models.tokenizer) -> Parts:
+    """Raises ConfigError for a model that is not there, targets that match nothing, a device that is missing.
+
+    ``read`` gives the tokenizer of the configuration's ``model`` group.
+    """
     device = resolve_device(config.loop.device)
     if config.loop.offload and device.type != "cuda":
         raise ConfigError(f"loop.offload: true is not allowed on {device.type}; false, or loop.device=cuda.")
@@ -55,8 +59,8 @@ def parts(config: Config) -> Parts:
         raise ConfigError(f"loop.compile: block is not allowed on {device.type}; off, or loop.device=cuda.")
     precision = precisions.resolve(config.loop.precision, device)
     if config.track.kind != "none":
-        writer_class(config.track.kind)
-    bare, tokenizer = skeleton(config), models.tokenizer(config.model)
+        tracker_class(config.track)
+    bare, tokenizer = skeleton(config), read(config.model)
     factories = {pattern: tokenised(made, tokenizer) for pattern, made in rules(config.adapter).items()}
     planned = plan(bare, factories, config.adapter.exclude)
     refuse_too_large(bare, planned, device)

@@ -16,7 +16,7 @@ from lowrank.assemble.weights import Loaded
 from lowrank.data import chat
 from lowrank.evaluate import Evaluator
 from lowrank.fast.compile import compile_blocks
-from lowrank.fast.loss import chunked
+from lowrank.fast.loss import chunked, each_chunked
 from lowrank.fast.offload import Offload
 from lowrank.fast.recompute import recompute
 from lowrank.schema import Config, Optim
@@ -24,7 +24,7 @@ from lowrank.train import flat, optim
 from lowrank.train import precision as precisions
 from lowrank.train.flat import Flat
 from lowrank.train.in_backward import InBackward
-from lowrank.train.loss import target_loss
+from lowrank.train.loss import target_loss, target_losses
 from lowrank.train.update import EachParameter, Update
 
 
@@ -58,6 +58,11 @@ def updating(config: Config, made: torch.optim.Optimizer, say: Callable[[str], N
 def loss(config: Config) -> Callable[[nn.Module, Any], Tensor]:
     """Summed over a batch's target tokens."""
     return chunked(target_loss) if config.loop.fast else target_loss
+
+
+def losses(config: Config) -> Callable[[nn.Module, Any], Tensor]:
+    """Of each of a batch's target tokens, not summed."""
+    return each_chunked(target_losses) if config.loop.fast else target_losses
 
 
 def evaluator(config: Config, parts: Parts, data: Data, loaded: Loaded) -> Evaluator:

@@ -26,6 +26,7 @@ class Loaded:
     collate: Callable[[Sequence[Document]], Batch]
     fast: str  # what products run on: part of a run's identity
     notes: tuple[str, ...]
+    hashes: dict[str, str] | None = None  # of the base's tensors, where they have been taken already
 
     @property
     def packed(self) -> bool:
@@ -37,6 +38,11 @@ def load(parts: Parts) -> Loaded:
     if parts.device.type == "cpu":
         heap.bound()
     return ready(parts, base(parts.config, parts.dtype))
+
+
+def held(parts: Parts) -> int:
+    """Bytes of this process that are the run's base, before it is loaded: none, unless somebody keeps bases."""
+    return 0
 
 
 def ready(parts: Parts, model: Any) -> Loaded:

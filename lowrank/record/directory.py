@@ -17,10 +17,12 @@ from lowrank.secrets import redacted, redacted_tree
 CONFIG, PLAN, PLAN_JSON = "config.yaml", "plan.txt", "plan.json"
 METRICS, DIGESTS, EVENTS = "metrics.jsonl", "digests.jsonl", "events.log"
 SAMPLES, SUMMARY, REPORT = "samples.jsonl", "summary.json", "report.html"
-SPECTRA, LEDGER = "spectra.json", "ledger.json"
+DATA, SPECTRA, LEDGER = "data.json", "spectra.json", "ledger.json"
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 IDENTITY, PATCH = "identity.json", "code.patch"
 PROFILE = "profile"
+# Any of these makes a directory a run's.
+RUN = (CONFIG, PLAN, PLAN_JSON, IDENTITY, EVENTS, METRICS, DIGESTS, CHECKPOINTS, ADAPTER, SUMMARY)
 
 
 def json_line(value: Any) -> str:

@@ -160,6 +160,32 @@ def shut(descriptor: int) -> None:
     os.close(descriptor)
 
 
+def living(folder: Path) -> str:
+    """The living process that owns a directory, as it is told of; empty where none does. Takes nothing."""
+    for name in (LOCK, OWNER):
+        owner = Process.of(content(folder / name))
+        if owner is not None and not owner.gone and (name == OWNER or not free(folder)):
+            return str(owner)
+    return ""
+
+
+def free(folder: Path) -> bool:
+    """Whether nobody holds the kernel's lock just now."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without: its owner is in a file of its own
+        return True
+    finally:
+        os.close(descriptor)
+    return True
+
+
 def refuse_owned(folder: Path, name: str, until: float, advice: str = "") -> None:
     """Raises RefusedError where the file names a process that may live, or names none for too long."""
     owner = Process.of(content(folder / name))

@@ -10,6 +10,7 @@ import json
 import platform
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,7 @@ PACKAGES = ("lowrank", "torch", "transformers", "tokenizers", "safetensors", "bi
 FREE = (
     *("checkpoint", "eval", "track"),
     *("loop.max_seconds", "loop.on_nonfinite", "loop.max_skipped", "loop.trace_nonfinite", "loop.patience"),
-    "loop.offload",
-    "loop.profile",
+    *("loop.prune", "loop.diverged", "loop.offload", "loop.profile"),
     *("data.path", "data.eval_path", "model.name", "model.revision"),
 )
 STEPS = "steps"  # all of the run's, whether loop.steps or loop.epochs says so: what an extension is seen by
@@ -159,21 +159,27 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of all that makes token ids of texts: vocabulary, merges, normalisation, special tokens, template."""
     backend, pieces = getattr(tokenizer, "backend_tokenizer", None), getattr(tokenizer, "sp_model", None)
     if backend is not None:
-        rules = json.loads(backend.to_str())
-        rules |= {"truncation": None, "padding": None}  # left behind by the last call
+        rules = backend.to_str()
     else:
-        rules = {"vocabulary": tokenizer.get_vocab(), "merges": list(getattr(tokenizer, "bpe_ranks", ()))}
-    return sha256(
-        {
-            "class": type(tokenizer).__name__,
-            "rules": rules,
-            "pieces": hashlib.sha256(pieces.serialized_model_proto()).hexdigest() if pieces is not None else None,
-            "added": {str(number): repr(token) for number, token in tokenizer.added_tokens_decoder.items()},
-            "special": tokenizer.special_tokens_map,
-            "template": tokenizer.chat_template,
-            "probe": tokenizer(PROBE).input_ids,
-        }
-    )
+        vocabulary = {"vocabulary": tokenizer.get_vocab(), "merges": list(getattr(tokenizer, "bpe_ranks", ()))}
+        rules = json.dumps(vocabulary, default=repr)
+    rest = {
+        "class": type(tokenizer).__name__,
+        "pieces": hashlib.sha256(pieces.serialized_model_proto()).hexdigest() if pieces is not None else None,
+        "added": {str(number): repr(token) for number, token in tokenizer.added_tokens_decoder.items()},
+        "special": tokenizer.special_tokens_map,
+        "template": tokenizer.chat_template,
+        "probe": tokenizer(PROBE).input_ids,
+    }
+    return rules_hash(rules, json.dumps(rest, default=repr))
+
+
+@lru_cache(maxsize=2)
+def rules_hash(rules: str, rest: str) -> str:
+    """Of two JSON texts: to read a large vocabulary and write it again takes a fifth of a second, once."""
+    told = json.loads(rules)
+    left = {name: None for name in ("truncation", "padding") if name in told}  # behind by the last call
+    return sha256({**json.loads(rest), "rules": told | left})
 
 
 def architecture_hash(config: Config) -> str:

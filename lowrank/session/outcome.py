@@ -18,10 +18,13 @@ from lowrank.manifest import committing
 from lowrank.models.fingerprint import base_id
 from lowrank.record import directory
 from lowrank.record.directory import Log
+from lowrank.report import lr_range as range_test
+from lowrank.schema import Config
 from lowrank.session.identity import versions
 from lowrank.train.checkpoint import refuse_not_finite
 from lowrank.train.digests import digest_of_all
 from lowrank.train.loop import Loop, State, peak_memory_mb
+from lowrank.train.metrics import read as read_metrics
 
 CHEAP = 6e8  # multiplications for a site's singular values: SmolLM2's largest layer, whatever the method
 
@@ -63,6 +66,14 @@ def course(state: State, parts: Parts) -> dict[str, Any]:
         "trainable_parameters": parts.plan.trainable_parameters,
         "total_parameters": parts.plan.total_parameters,
     }
+
+
+def lr_range(config: Config, folder: Path) -> dict[str, float] | None:
+    """What a learning-rate range test has found; nothing of any other run."""
+    if config.schedule.kind != range_test.KIND:
+        return None
+    found = range_test.range_of(read_metrics(folder / directory.METRICS))
+    return found.to_dict() if found else None
 
 
 def hashes(loop: Loop) -> dict[str, str]:

@@ -21,15 +21,10 @@ from lowrank.train import checkpoint
 from lowrank.train.metrics import refuse_changed
 from lowrank.train.schedule import schedule
 
-RUN = (  # any of these makes a directory a run's
-    *(directory.CONFIG, directory.PLAN, directory.PLAN_JSON, directory.IDENTITY, directory.EVENTS),
-    *(directory.METRICS, directory.DIGESTS, directory.CHECKPOINTS, directory.ADAPTER, directory.SUMMARY),
-)
-
 
 def refuse_second_run(config: Config, folder: Path) -> None:
     """Raises RefusedError where the directory holds a run, or the remains of one, and is not to be resumed."""
-    there = next((name for name in RUN if (folder / name).exists()), None)
+    there = next((name for name in directory.RUN if (folder / name).exists()), None)
     if there is not None and not config.checkpoint.resume:
         advice = "To continue it: checkpoint.resume=true; else name another."
         raise RefusedError(f"{folder}: holds a run already ({there}). {advice}")
@@ -92,7 +87,8 @@ def found(parts: Parts, folder: Path, identity: dict[str, Any], log: Log) -> che
 
 
 def finished(folder: Path, one: checkpoint.Saved | None, identity: dict[str, Any], config: Config) -> bool:
-    """Whether a run that is resumed is at its end: done, not made longer since, nor given more patience."""
+    """Whether a run that is resumed is at its end: done, not made longer since, given more patience, nor freed of what
+    had ended it."""
     summary = directory.read_json(folder / directory.SUMMARY)
     if not config.checkpoint.resume or summary.get("status") != "done":
         return False
@@ -103,7 +99,14 @@ def finished(folder: Path, one: checkpoint.Saved | None, identity: dict[str, Any
         config.loop.patience is None or early["since"] < config.loop.patience
     )
     longer = identity[STEPS] > one.state["identity"][STEPS]
-    return summary.get("steps") == one.state["loop"]["step"] and not patient and not longer
+    freed = [name for name in ("prune", "diverged") if getattr(config.loop, name) is None and told(one, name)]
+    return summary.get("steps") == one.state["loop"]["step"] and not patient and not longer and not freed
+
+
+def told(one: checkpoint.Saved, name: str) -> bool:
+    """Whether a checkpoint's hook of that name had ended the run."""
+    state = one.state["hooks"].get(name, {})
+    return state.get("found", state.get("stopped")) is not None
 
 
 def refuse_to_repeat(folder: Path, identity: dict[str, Any], allowed: list[str]) -> None:

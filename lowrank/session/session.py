@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,15 +23,16 @@ from lowrank.errors import Interrupted, NumericsError
 from lowrank.evaluate import Evaluation
 from lowrank.fast import heap
 from lowrank.keys import Clock
-from lowrank.ledger.predict import foretold
+from lowrank.ledger.ledger import Ledger
 from lowrank.ledger.record import Record
+from lowrank.ledger.remembered import foretold
 from lowrank.ledger.shortage import Shortage
 from lowrank.models.cache import cache
 from lowrank.models.fingerprint import base_id, fingerprint
 from lowrank.record import directory, source
 from lowrank.record.directory import Log
 from lowrank.report import run as report
-from lowrank.session import outcome, provenance, resuming
+from lowrank.session import card, outcome, provenance, resuming
 from lowrank.session.attach import attach
 from lowrank.session.identity import MEASURED, identity, within
 from lowrank.session.watching import Watching
@@ -60,12 +63,14 @@ class Session:
         self.data = data
         self.config, self.model = parts.config, loaded.model
         self.precision = Precision(parts.precision, parts.device)
-        self.base = fingerprint(self.model)
+        self.base = loaded.hashes or fingerprint(self.model)
         self.order = assemble.batches(self.config, data, loaded.collate)
         self.steps, self.schedule = assemble.steps_and_schedule(self.config, self.order)
         self.identity = identity(parts, data, loaded, base=base_id(self.base), steps=self.steps)
         self.saved = resuming.saved(parts, folder, self.identity, log)
         self.evaluator = assemble.evaluator(self.config, parts, data, loaded)
+        self.before: Evaluation | None = None  # the untouched base's
+        self.together = 1  # runs whose steps are made in one pass
 
     @property
     def finished(self) -> bool:
@@ -74,26 +79,44 @@ class Session:
     def run(self) -> None:
         """Trains to the end, or until ``loop.max_seconds`` have passed; raises NumericsError or Interrupted, after
         saving, where it stops before. A signal that comes before the first step raises KeyboardInterrupt."""
-        with self.stopping.at_once():
-            before = self.evaluate_base() if self.config.eval.before else None
-        self.prepare()
+        self.start()
+        self.train()
+
+    def train(self) -> None:
+        """From the first file to the last."""
         with self.stopping.held():
-            self.begin(before)
-            try:
-                self.course(before)
-            except NumericsError as error:
-                raise self.stopped_by(error, before) from error
-            except KeyboardInterrupt as error:
-                raise Interrupted(self.left(before)) from error
-            except BaseException as error:
-                self.log.note(traceback.format_exc())
-                known = self.shortage.explained(error) if self.shortage else None
-                self.summarise("failed", before, None, error=str(known or f"{type(error).__name__}: {error}"))
-                if known is None:
-                    raise
-                raise known from error
-            finally:
-                self.watching.close()
+            self.begin(self.before)
+            with self.recorded():
+                with self.stopping.after_step(self.loop):
+                    self.watching.catch_up(self.saved)
+                    self.loop.run(self.steps)
+                self.end()
+
+    def start(self) -> None:
+        """All that comes before the directory's first file: the untouched base judged, the adapters on it, the loop."""
+        with self.stopping.at_once():
+            self.before = self.evaluate_base() if self.config.eval.before else None
+        self.prepare()
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """From ``begin`` to the end: what stops the run before that is told in its directory, and raised as what a user
+        reads of it."""
+        try:
+            yield
+        except NumericsError as error:
+            raise self.stopped_by(error, self.before) from error
+        except KeyboardInterrupt as error:
+            raise Interrupted(self.left(self.before)) from error
+        except BaseException as error:
+            self.log.note(traceback.format_exc())
+            known = self.shortage.explained(error) if self.shortage else None
+            self.summarise("failed", self.before, None, error=str(known or f"{type(error).__name__}: {error}"))
+            if known is None:
+                raise
+            raise known from error
+        finally:
+            self.watching.close()
 
     def first_steps(self, count: int) -> None:
         """Trains so many steps of the whole run's schedule, and leaves what they write: nothing is evaluated. Raises
@@ -117,23 +140,20 @@ class Session:
             self.model, self.parts.plan, [p for g in self.loop.optimizer.param_groups for p in g["params"]]
         )
 
-    def course(self, before: Evaluation | None) -> None:
-        """Raises KeyboardInterrupt where a signal stopped it."""
-        with self.stopping.after_step(self.loop):
-            self.watching.catch_up(self.saved)
-            self.loop.run(self.steps)
+    def end(self) -> None:
+        """What follows the last step. Raises KeyboardInterrupt where a signal made it the last."""
         self.loop.update.release()
         if self.loop.state.step < self.steps and self.stopping.asked:
             raise KeyboardInterrupt
-        if self.watching.early.stopped is not None:
-            self.log.say(f"{self.watching.early}")
+        if self.watching.ended is not None:
+            self.log.say(f"{self.watching.ended}")
             if self.config.checkpoint.every:
                 self.watching.checkpoints.save(self.loop.state.step)
-            self.finish(before)
+            self.finish(self.before)
         elif self.loop.state.step < self.steps and self.watching.deadline.passed:
-            self.log.say(f"loop.max_seconds={self.config.loop.max_seconds:g}: {self.left(before)}")
+            self.log.say(f"loop.max_seconds={self.config.loop.max_seconds:g}: {self.left(self.before)}")
         else:
-            self.finish(before)
+            self.finish(self.before)
         self.model.eval()
 
     def make_loop(self, clock: Clock) -> Loop:
@@ -175,6 +195,11 @@ class Session:
         """The adapters that have a penalty: finding them takes longer than a small model's step may."""
         return [site.adapter for _, site in adapted(self.model) if type(site.adapter).penalty is not Adapter.penalty]
 
+    @cached_property
+    def predicted(self) -> Ledger | None:
+        known = self.shortage
+        return foretold(known.parts, known.data, known.interpreter, self.log) if known else None
+
     def begin(self, before: Evaluation | None) -> None:
         """The directory's first files, or a checkpoint's state put back."""
         self.log.open(self.folder)
@@ -182,8 +207,9 @@ class Session:
         provenance.write(self.folder, self.identity, self.parts, self.command, self.saved)
         write_text(self.folder / directory.PLAN, f"{self.parts.plan}\n")
         directory.write_json(self.folder / directory.PLAN_JSON, self.parts.plan.to_dict())
-        known = self.shortage
-        self.ledger.begin(foretold(known.parts, known.data, known.interpreter, self.log) if known else None, self.loop)
+        told = card.card(self.data, self.order.indices(1)[0], self.parts.tokenizer)
+        write_text(self.folder / directory.DATA, directory.json_line(told))
+        self.ledger.begin(self.predicted, self.loop, self.together)
         self.watching = Watching(
             self.loop,
             self.config,
@@ -193,6 +219,7 @@ class Session:
             identity=self.identity,
             stopping=self.stopping,
             log=self.log,
+            predicted_mb=self.ledger.peak_mb,
         )
         try:
             self.watching.begin(self.saved, before)
@@ -251,12 +278,16 @@ class Session:
         summary = {
             "status": status,
             **outcome.course(self.loop.state, self.parts),
+            "together": self.together,
             "predicted_peak_memory_mb": self.ledger.peak_mb,
             "eval": {"before": before.metrics if before else None, "after": result},
             **outcome.conditions(self.parts, self.loaded, self.data, self.base, self.fast),
             "hashes": outcome.hashes(self.loop),
             "git": source.checkout().to_dict(),
             "stopped_early": self.watching.early.stopped,
+            "pruned": self.watching.prune.found,
+            "diverged": self.watching.diverged.stopped,
+            "lr_range": outcome.lr_range(self.config, self.folder),
             **({"command": self.command} if self.command else {}),
             **({"error": error} if error else {}),
         }

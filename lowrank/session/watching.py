@@ -16,7 +16,9 @@ from lowrank.evaluate import Evaluation, Evaluator, PeriodicEvaluation
 from lowrank.fast import heap, norm
 from lowrank.record import directory
 from lowrank.record.directory import Log
+from lowrank.record.siblings import Siblings
 from lowrank.schema import Checkpoint, Config
+from lowrank.session import live
 from lowrank.session.state import Moving
 from lowrank.track import tracker
 from lowrank.train import background
@@ -24,12 +26,14 @@ from lowrank.train.average import Average
 from lowrank.train.checkpoint import Checkpoints, Saved
 from lowrank.train.deadline import Deadline
 from lowrank.train.digests import Digests
+from lowrank.train.diverged import Diverged
 from lowrank.train.early import EarlyStop
 from lowrank.train.hooks import StepRecord
 from lowrank.train.loop import Loop
 from lowrank.train.metrics import MethodEvents, Metrics
 from lowrank.train.profile import Named, Profile
-from lowrank.train.progress import ProgressLine
+from lowrank.train.progress import Progress
+from lowrank.train.prune import Prune
 from lowrank.train.shares import NORM
 from lowrank.train.stopping import Stopping
 
@@ -48,8 +52,10 @@ class Watching:
         identity: dict[str, Any],
         stopping: Stopping,
         log: Log,
+        predicted_mb: float | None = None,
     ) -> None:
         self.loop, self.last, self.identity, self.stopping, self.log = loop, last, identity, stopping, log
+        self.predicted_mb = predicted_mb
         self.metrics, self.methods = Metrics(folder / directory.METRICS), hooks(loop.model, last)
         self.average = Average(loop.parameters, config.loop.average) if config.loop.average is not None else None
         self.tracker = tracker(config.track, folder, config.to_dict())
@@ -62,16 +68,19 @@ class Watching:
             last=last,
             evaluating=self.evaluating,
         )
-        self.early = EarlyStop(self.evaluation.loss_at, config.loop.patience, loop)
+        held_out, others = self.evaluation.loss_at, Siblings(folder, identity, config.eval.limit).best
+        self.early = EarlyStop(held_out, config.loop.patience, loop)
+        self.prune = Prune(held_out, others, config.loop.prune, loop)
+        self.diverged = Diverged(config.loop.diverged, loop)
         self.digests = Digests(
             folder / directory.DIGESTS,
             loop.parameters,
             every=config.checkpoint.every,
             last=last,
-            ended=lambda step: self.early.stopped == step,
+            ended=lambda step: self.ended is not None and self.ended.stopped == step,
         )
         self.checkpoints = self.saving(folder / directory.CHECKPOINTS, config.checkpoint)
-        self.progress: ProgressLine | None = None
+        self.progress: Progress | None = None
         self.deadline = Deadline(loop, config.loop.max_seconds)
         self.profile: Profile | None = None
         if config.loop.profile is not None:
@@ -101,12 +110,26 @@ class Watching:
             self.digests.begin()
             if before is not None:
                 self.metrics.write({"event": "eval", "step": 0, **before.metrics})
-        self.progress = ProgressLine(self.loop.state.step, self.last, self.log.note)
+        first = self.loop.state.step
+        self.progress = Progress(
+            first,
+            self.last,
+            live.view(first, self.last, self.predicted_mb, lambda: self.stopping.asked),
+            self.log.note,
+            every=self.evaluation.every,
+            held_out=self.evaluation.loss_at,
+        )
         steering = [*self.methods, *([self.average] if self.average else [])]  # the average is of what methods leave
-        judging = [MethodEvents(self.methods, self.metrics), self.evaluation, self.early, self.digests]
-        watching = [*([self.tracker] if self.tracker else []), self.progress, self.checkpoints, self.deadline]
+        judging = [MethodEvents(self.methods, self.metrics), self.evaluation, self.early, self.prune, self.diverged]
+        tracking = [self.digests, *([self.tracker] if self.tracker else [])]
+        watching = [*tracking, self.progress, self.checkpoints, self.deadline]
         profiling = [self.profile] if self.profile else []
         self.loop.hooks = [self.metrics, *steering, *judging, *watching, *profiling]
+
+    @property
+    def ended(self) -> EarlyStop | Prune | Diverged | None:
+        """What ended the run, well, before its last step."""
+        return next((one for one in (self.early, self.prune, self.diverged) if one.stopped is not None), None)
 
     def catch_up(self, saved: Saved | None) -> None:
         """What followed on the checkpoint's step when a signal broke its evaluation off: that, and the hooks after."""
@@ -118,13 +141,15 @@ class Watching:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Inside, the weights are those to be judged, and a signal is heeded at once."""
-        with self.average.used() if self.average else nullcontext(), self.stopping.at_once():
+        told = self.progress.judging() if self.progress else nullcontext()
+        with self.average.used() if self.average else nullcontext(), self.stopping.at_once(), told:
             yield
         heap.give_back()
 
     @property
     def moving(self) -> Moving:
-        states = {str(i): hook for i, hook in enumerate(self.methods)} | {"early": self.early}
+        judging = {"early": self.early, "prune": self.prune, "diverged": self.diverged}
+        states = {str(i): hook for i, hook in enumerate(self.methods)} | judging
         averaged = {"average": self.average} if self.average else {}
         return Moving(self.loop, states | averaged, {"metrics": self.metrics, "digests": self.digests})
 
