@@ -9,20 +9,27 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lowrank.errors import ConfigError, did_you_mean
-from lowrank.rules import refuse, unknown_key
+from lowrank.rules import ANY, FLAG, Rule, integer, is_number, or_null, refuse, text, unknown_key
 
-KINDS = {"adapter": "lowrank.adapters.Adapter", "optim": "torch.optim.Optimizer"}
+KINDS = {"adapter": "lowrank.adapters.Adapter", "optim": "torch.optim.Optimizer", "track": "lowrank.track.Tracker"}
 SIDE = 2**9 * 3**2 * 5 * 7  # of the layer without values that options are tried on: any rank, most blocks, fit it
+PLAIN = {
+    bool: FLAG,
+    int: integer("an integer", -(2**63)),
+    float: Rule("a number", is_number),
+    str: text("a text"),
+}
 PASSED = ("self", "base", "generator", "params")  # constructor parameters that we give, never the user
 
 
 def resolve(target: str, kind: type, where: str) -> type:
     """The class at a dotted path. Raises ConfigError naming ``where`` unless it is a subclass of ``kind``."""
     found = locate(target, where)
-    if not (isinstance(found, type) and issubclass(found, kind)):
+    if not (isinstance(found, type) and issubclass(found, kind)) or found is kind:
         raise refuse(where, target, f"a subclass of {kind.__module__}.{kind.__qualname__}")
     return found
 
@@ -31,7 +38,8 @@ def locate(target: str, where: str) -> Any:
     """The object at a dotted path. What fails inside an imported module is that module's bug and is raised as is."""
     module_name, _, name = target.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in target.split(".")):
-        raise refuse(where, target, "a dotted path such as torch.optim.AdamW")
+        example = "lowrank.adapters.LoRA" if where.startswith("adapter") else "torch.optim.AdamW"
+        raise refuse(where, target, f"a dotted path such as {example}")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -78,7 +86,7 @@ def check_adapter(target: str, targets: Any, given: dict[str, Any]) -> None:
 
         if "linear" in getattr(cls, "sites", ()):
             with torch.device("meta"):
-                attempt(where, build, chosen)
+                attempt(where, cls, build, chosen)
 
     cls = find(target, "adapter")
     check_options("adapter", given, cls, ["targets", "exclude"])
@@ -97,7 +105,7 @@ def check_optimizer(target: str, fixed: dict[str, Any], given: dict[str, Any]) -
 
     cls = find(target, "optim")
     check_options("optim", given, cls, [*fixed, "groups", "in_backward"])
-    attempt("optim", lambda chosen: cls([torch.nn.Parameter(torch.zeros(1))], **fixed, **chosen), given)
+    attempt("optim", cls, lambda chosen: cls([torch.nn.Parameter(torch.zeros(1))], **fixed, **chosen), given)
 
 
 def check_options(where: str, given: Iterable[str], cls: type, fixed: list[str]) -> None:
@@ -108,8 +116,9 @@ def check_options(where: str, given: Iterable[str], cls: type, fixed: list[str])
             raise unknown_key(f"{where}.{name}", [*fixed, *(option for option in known if option not in fixed)])
 
 
-def attempt(where: str, build: Callable[[dict[str, Any]], Any], given: dict[str, Any]) -> None:
-    """Calls a constructor; its ValueError ``r: 0 is not allowed; …`` becomes ``adapter.r: 0 is not allowed; …``."""
+def attempt(where: str, cls: type, build: Callable[[dict[str, Any]], Any], given: dict[str, Any]) -> None:
+    """Calls a constructor; its ValueError ``r: 0 is not allowed; …`` becomes ``adapter.r: 0 is not allowed; …``. What
+    it takes without a word, or stumbles over, is held against the types that it declares."""
     try:
         build(given)
     except ValueError as error:
@@ -118,6 +127,28 @@ def attempt(where: str, build: Callable[[dict[str, Any]], Any], given: dict[str,
         end = "" if str(error).endswith((".", "?")) else "."
         raise ConfigError(f"{where}{joint}{error}{end}") from error
     except (RuntimeError, TypeError, OverflowError) as error:
-        if "overflow" not in str(error).lower():
-            raise
-        raise ConfigError(f"{where}: with these options it would be larger than any memory.") from error
+        if "overflow" in str(error).lower():
+            raise ConfigError(f"{where}: with these options it would be larger than any memory.") from error
+        check_types(where, cls, given)
+        raise
+    check_types(where, cls, given)
+
+
+def check_types(where: str, cls: type, given: dict[str, Any]) -> None:
+    """Raises ConfigError for a value of another type than its parameter's: 'yes' would be true, and '2' no number."""
+    try:
+        declared = get_type_hints(cls.__init__)  # type: ignore[misc]
+    except Exception:  # of names that are there for a type checker alone
+        declared = {}
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():  # type: ignore[misc]
+        if name in given:
+            of_type(declared.get(name, type(parameter.default))).read(f"{where}.{name}", given[name])
+
+
+def of_type(declared: Any) -> Rule:
+    """What a declared type allows; anything, where it is not a plain one."""
+    several = get_args(declared) if get_origin(declared) in (Union, UnionType) else ()
+    others = [one for one in several if one is not NoneType]
+    if len(others) == 1 and len(several) == 2:
+        return or_null(of_type(others[0])) if of_type(others[0]) is not ANY else ANY
+    return PLAIN.get(declared, ANY) if isinstance(declared, type) else ANY

@@ -10,28 +10,10 @@ from typing import Any
 
 from lowrank import compose
 from lowrank.commands.bench import bench, measuring
+from lowrank.commands.examples import EXAMPLES, examples
 from lowrank.commands.talk import chat, generate, opened
+from lowrank.compare.command import compare, comparing
 from lowrank.errors import ConfigError, RefusedError
-
-EXAMPLES = """examples:
-  lowrank inspect data data=jsonl data.path=my.jsonl      rows as the model reads them, targets marked
-  lowrank inspect plan adapter.targets=[q_proj,v_proj]    which sites an adapter would go on
-  lowrank inspect plan outputs/A outputs/B                what differs between the plans of two runs
-  lowrank plan model=tiny_llama loop.micro_batch=4        what a run would need, and how fast it would be
-  lowrank plan --budget 24GiB adapter.r=64                which settings fit so much memory, the fastest first
-  lowrank inspect adapter outputs/RUN                     what was learnt, site by site
-  lowrank generate outputs/RUN "Write a haiku."           the tuned model's answer, alone on standard output
-  lowrank chat outputs/RUN                                the same, turn by turn
-  lowrank evaluate outputs/RUN data=jsonl data.path=my.jsonl
-  lowrank export outputs/RUN FOLDER                       the adapter in PEFT's format
-  lowrank merge outputs/RUN FOLDER                        a plain transformers folder
-  lowrank resume outputs/RUN                              go on where it stopped; loop.steps=200 makes it longer
-  lowrank verify outputs/RUN                              is every file what the run wrote
-  lowrank replay outputs/RUN                              does the run come out the same, bit for bit
-  lowrank combine FOLDER outputs/A=0.5 outputs/B=0.5      one adapter of several
-  lowrank check my_module:MyAdapter r=4                   does a method keep its promises
-  lowrank bench --against loop.fast=false --repeats 5     which of two trains faster, in how much memory
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,7 +35,13 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[Any], None], text: str, run: bool = True) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text)
+        made = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=examples(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         made.set_defaults(command=command)
         if run:
             made.add_argument("run", type=Path, help="a run directory")
@@ -74,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("folder", type=Path, help="where to; made new")
     merging(add("merge", merge, "write base and adapter as one plain transformers folder"))
     add("report", report, "write report.html anew")
+    comparing(add("compare", compare, "one table over runs, grouped over seeds; CSV, and a page with plots", run=False))
     on = add("resume", resume, "go on with a run in its directory, or make it longer")
     on.add_argument("overrides", nargs="*", help="what is to differ: loop.steps=200, checkpoint.allow=[optim.lr] …")
     add("verify", verify, "read all files of a run again that have a hash, and name those that are damaged")
@@ -81,6 +70,11 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--steps", type=int, default=20, help="how many (20); weights are compared at the first 20")
     combining(add("combine", combine, "write one adapter made of several", run=False))
     measuring(add("bench", bench, "measure how fast a configuration trains, in a process of its own", run=False))
+    look = add("config", config, "explain a key of the configuration, or show the whole of a command's", run=False)
+    look.add_argument("what", choices=["explain", "show"])
+    look.add_argument("overrides", nargs="*", help="explain: keys or groups; both: overrides as for train.py")
+    shell = add("completions", completions, "print a script that completes all this in a shell", run=False)
+    shell.add_argument("shell", choices=["bash", "zsh"])
     test = add("check", check, "hold an adapter class to what it promises", run=False)
     test.add_argument("adapter", help="my_package.my_module:MyAdapter")
     test.add_argument("overrides", nargs="*", metavar="OPTION=VALUE", help="options of its constructor")
@@ -274,6 +268,18 @@ def replay(arguments: Any) -> None:
     found = replayed(arguments.run, arguments.steps)
     print(found)
     sys.exit(0 if found.equal else RefusedError.exit_code)
+
+
+def config(arguments: Any) -> None:
+    from lowrank.commands.config import explained, shown
+
+    print("\n".join((explained if arguments.what == "explain" else shown)(arguments.overrides)))
+
+
+def completions(arguments: Any) -> None:
+    from lowrank.commands.completions import completions as script
+
+    print(script(parser(), compose.find_conf(), arguments.shell))
 
 
 def report(arguments: Any) -> None:

@@ -11,72 +11,95 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hydra
+import omegaconf
 import yaml  # type: ignore[import-untyped]
 from hydra import errors as refusals
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lowrank import config
-from lowrank.errors import ConfigError, Interrupted, LowrankError, OutOfMemory, did_you_mean, out_of_memory
+from lowrank.disk import discard_empty as discard
+from lowrank.errors import ConfigError, Interrupted, LowrankError, OutOfMemory, out_of_memory
+from lowrank.given import CHOSEN, Given, check_folders, check_given, whole_targets, words_of
+from lowrank.places import Composed, find_conf, frames, met_with, placed, within
 from lowrank.rules import unknown_key
 from lowrank.schema import GROUPS, Config
 from lowrank.secrets import redacted
+from lowrank.wording import in_a_list, malformed, no_such_choice, printable, reword
 
 MACHINE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
     *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
-# What Hydra says of an override → what we say; the most specific first.
-PHRASES = (
-    (
-        r"Ambiguous value for argument '([^=]*)=(.*?)' 1\.",
-        r"\1: '\2' is several values. Add -m to run one job for each, or write a list: \1=[\2].",
-    ),
-    (r"Sweep parameters '([^=]*)=(.*)' requires", r"\1: '\2' is several values. Add -m to run one job for each."),
-    (r"Multiple values for (\S+?)\. .*: (.*)'", r"\1: chosen already. Write \1=\2, without '+'."),
-    (r"Could not append to config\. An item is already at '(.*?)'", r"\1: there already. Write it without '+'."),
-    (r"Could not delete from config\. '(.*?)' does not exist", r"\1: unknown key; nothing to delete."),
-    (
-        r"Config group override must be a string or a list\. Got (\w+)",
-        r"configuration: a group takes the name of one of its choices, such as model=smollm2 (got \1).",
-    ),
-)
-NO_TARGETS = "++adapter.targets=null"  # "++", because of two overrides of one key a sweep keeps the second alone
-MORE_KINDS = {"schedule": " Other kinds of schedule: schedule.kind=NAME."}
+HYDRA, OMEGACONF = Path(hydra.__file__).parent, Path(omegaconf.__file__).parent
 
 
 def compose(overrides: list[str], config_dir: Path | None = None) -> Config:
     """The configuration of ``python train.py OVERRIDES``. Raises ConfigError."""
-    return config.parse(compose_node(overrides, config_dir))
+    node, about = apart(overrides, config_dir)
+    try:
+        return config.parse(node)
+    except ConfigError as error:
+        raise placed(error, made_of({}, about)) from error
+
+
+def composed(overrides: list[str]) -> Composed:
+    """The configuration of ``python train.py OVERRIDES``, not checked, and what it was made of. Raises ConfigError."""
+    node, about = apart(overrides)
+    return made_of(config.plain(node), about)
+
+
+def shown(overrides: list[str]) -> str:
+    """The same as YAML, interpolations as they are written: what ``--cfg job`` prints. Raises ConfigError."""
+    return OmegaConf.to_yaml(compose_node(overrides))
 
 
 def compose_node(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
+    """The composed YAML tree. Raises ConfigError."""
+    return apart(overrides, config_dir)[0]
+
+
+def apart(overrides: list[str], config_dir: Path | None = None) -> tuple[DictConfig, DictConfig]:
+    """The composed YAML tree, and Hydra's own part of it, which says what it is made of."""
     folder = (config_dir or find_conf()).resolve()
     try:
         with fresh_hydra(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(folder)):
-            return hydra.compose("config", overrides=whole_targets(overrides))
+            node = hydra.compose("config", overrides=understood(overrides), return_hydra_config=True)
     except Exception as error:
         raise translate(error) from error
+    keys: Any = [key for key in node if key != "hydra"]
+    return OmegaConf.masked_copy(node, keys), node.hydra
 
 
-def whole_targets(overrides: Sequence[str]) -> list[str]:
-    """``overrides``, so that a mapping of targets takes the place of the YAML's: Hydra would merge the two, and the
-    user get the method's own targets beside those that were asked for. A list it would not put for a mapping at all."""
-    found: list[str] = []
-    for override in overrides:
-        several = override.startswith("adapter.targets=") and ("{" in override or "[" in override)
-        if several and found[-1:] != [NO_TARGETS]:
-            found.append(NO_TARGETS)
-        found.append(override)
-    return found
+def understood(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command line that takes overrides, as Hydra is to read them.
+
+    Raises ConfigError for what it would silently take for something else. What its grammar does not know it says.
+    """
+    overrides, folders = words_of(arguments)
+    parser, given = OverridesParser.create(), []
+    for text in overrides:
+        try:
+            one = parser.parse_override(text)
+        except refusals.HydraException:
+            continue
+        value = one.value()  # of a sweep what it is made of
+        values = tuple(getattr(value, "list", (value,)))
+        given.append(Given(text, one.key_or_group, values, one.is_sweep_override(), one.is_delete()))
+    check_given(given, find_conf())
+    check_folders(folders)
+    return whole_targets(arguments)
 
 
 def changed(base: Config, overrides: list[str], allowed: Sequence[str] = ()) -> Config:
@@ -94,6 +117,8 @@ def changed(base: Config, overrides: list[str], allowed: Sequence[str] = ()) -> 
             raise unknown_key(group, GROUPS)
     tree = OmegaConf.create(base.to_dict())
     choices = {one.key_or_group for one in given if "." not in one.key_or_group}
+    if gone := [one.key_or_group for one in given if one.is_delete() and one.key_or_group in choices]:
+        raise ConfigError(f"{gone[0]}: missing; a run has one choice of each group.")
     fresh = compose_node([text for text, group in groups.items() if group in choices]) if choices else {}
     for group in choices:
         tree[group] = OmegaConf.to_container(fresh[group], resolve=True)
@@ -118,21 +143,19 @@ def read_overrides(overrides: list[str]) -> list[Override]:
 def put(tree: DictConfig, override: Override) -> None:
     """Carries out the override of one key; a mapping or list takes the place of the one that was there."""
     key = override.key_or_group
-    if not override.is_delete():
-        OmegaConf.update(tree, key, override.value(), merge=False, force_add=True)
-        return
     parent, _, name = key.rpartition(".")
-    within = OmegaConf.select(tree, parent)
+    try:
+        if not override.is_delete():
+            OmegaConf.update(tree, key, override.value(), merge=False, force_add=True)
+            return
+        within = OmegaConf.select(tree, parent)
+    except OmegaConfBaseException as error:
+        raise translate(error) from error
+    except (ValueError, TypeError) as error:
+        raise in_a_list(key) from error
     if not isinstance(within, DictConfig) or name not in within:
         raise ConfigError(f"{key}: unknown key; nothing to delete.")
     del within[name]
-
-
-def find_conf() -> Path:
-    """conf/ beside the package in a checkout, inside it in a wheel."""
-    package = Path(__file__).resolve().parent
-    beside = package.parent / "conf"
-    return beside if (beside / "config.yaml").is_file() else package / "conf"
 
 
 @contextmanager
@@ -154,24 +177,36 @@ def translate(error: BaseException) -> LowrankError:
     """
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     match error:
+        case ConfigError() if HydraConfig.initialized():
+            return placed(error, made_of({}, HydraConfig.get()))
         case LowrankError():
             return error
         case KeyboardInterrupt():
             return Interrupted("interrupted.")
         case refusals.OverrideParseException():
-            return ConfigError(malformed(error))
+            return ConfigError(malformed(error.override, str(error)))
         case refusals.MissingConfigException(options=[_, *_]):
-            return ConfigError(no_such_choice(error))
+            return ConfigError(missing_choice(error))
         case refusals.HydraException() | OmegaConfBaseException() if isinstance(cause, OmegaConfBaseException):
             return of_omegaconf(cause)
         case refusals.HydraException():
             return ConfigError(reword(str(error)))
         case yaml.MarkedYAMLError():
             return ConfigError(f"not valid YAML: {error.problem}{error.problem_mark or ''}.")
-        case ValueError() if raised_in_hydra(error):
-            return ConfigError(reword(str(error)))
+        case yaml.YAMLError() | UnicodeError() if file := met_with(error, HYDRA, "full_path"):
+            return ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}.")
+        case RecursionError() if any(within(frame, HYDRA) for frame in frames(error)):
+            return ConfigError(
+                "configuration: nested too deeply, or a file that names itself in its own defaults list."
+            )
+        case ValueError() | TypeError() | AttributeError() | AssertionError() if raised_in(error, HYDRA):
+            return ConfigError(reword(str(error) or "what Hydra makes of it is no configuration"))
+        case ValueError() | TypeError() if raised_in(error, OMEGACONF) and (one := met_with(error, HYDRA, "override")):
+            return in_a_list(one.key_or_group)
         case Exception() if out_of_memory(error):
             return OutOfMemory(f"out of memory: {str(error).strip().partition(chr(10))[0] or type(error).__name__}")
+        case BrokenPipeError():
+            return LowrankError("standard output: nobody reads it any more.")
         case OSError() if error.errno in MACHINE:
             return LowrankError(f"{error.filename}: {os.strerror(error.errno)}.")
     raise error
@@ -188,11 +223,39 @@ def reporting(folder: Path | None = None) -> Iterator[None]:
         sys.exit(report(error))
 
 
-def report(error: BaseException) -> int:
-    """Prints one block for what we understand and the full traceback for a bug. Returns the exit code.
+@contextmanager
+def of_job(folder: Path) -> Iterator[None]:
+    """``reporting`` of the process of one run. In a job of a launcher that calls ``train.py``'s function itself, in a
+    process of its own (joblib, submitit), an error is printed there too and raised again, naming the job, for the
+    launcher to take back: to leave such a process would lose what the others have done."""
+    if not called_by_launcher():
+        with reporting(folder):
+            yield
+        return
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        discard(folder)
+        code, said = report(error), f"{type(error).__name__}: {error}"
+        kind = next((cls for cls in LowrankError.__subclasses__() if cls.exit_code == code), LowrankError)
+        raise kind(f"{folder}: {said if kind is LowrankError else translate(error)}") from None
 
-    A sweep asks for the cause in the file that ``LOWRANK_CAUSE`` names.
-    """
+
+def called_by_launcher() -> bool:
+    """Whether a launcher of somebody else's called ``train.py``'s function: ours starts ``train.py``."""
+    return HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def report(error: BaseException) -> int:
+    """``told``; returns the exit code. A sweep asks for the cause in the file that ``LOWRANK_CAUSE`` names."""
+    code, cause = told(error)
+    if path := os.environ.get("LOWRANK_CAUSE"):
+        Path(path).write_text(cause, encoding="utf-8")
+    return code
+
+
+def told(error: BaseException) -> tuple[int, str]:
+    """Prints one block for what we understand and the full traceback for a bug; the exit code and the cause."""
     try:
         known = translate(error)
     except Exception:
@@ -203,14 +266,7 @@ def report(error: BaseException) -> int:
             print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         code, cause = known.exit_code, printable(redacted(str(known)))
         print(cause, file=sys.stderr)
-    if path := os.environ.get("LOWRANK_CAUSE"):
-        Path(path).write_text(cause, encoding="utf-8")
-    return code
-
-
-def printable(text: str) -> str:
-    """``text`` with a mark for each character that could move a terminal's cursor: it may quote a stranger's file."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return code, cause
 
 
 def of_omegaconf(error: OmegaConfBaseException) -> ConfigError:
@@ -224,50 +280,21 @@ def of_omegaconf(error: OmegaConfBaseException) -> ConfigError:
     return config.key_error(error.full_key, {str(key): value for key, value in tree.items()})
 
 
-def malformed(error: refusals.OverrideParseException) -> str:
-    """An override that Hydra's grammar cannot read, and how to write it."""
-    reason = str(error).split("\nSee https")[0].split("\n")
-    detail = next((line for line in reason if not line.startswith(("Error parsing", "LexerNoViable", " "))), "")
-    advice = "Write key=value, and quote a value with special characters: \"key='a, b'\"."
-    if re.search(r"""\{\s*['"]|,\s*(['"])[^'"]*\1\s*:""", error.override):
-        advice = "Write a mapping's keys without quotes: 'adapter.targets={*.q_proj:{r:8}}'."
-    return f"{error.override}: not a valid override{f' ({detail})' if detail else ''}. {advice}"
+def missing_choice(error: refusals.MissingConfigException) -> str:
+    path, inside = str(error.missing_cfg_file), re.match(r"In '(\S+?)'", str(error))
+    group = path.partition("/")[0]
+    below = [f.relative_to(find_conf() / group).with_suffix("") for f in (find_conf() / group).glob("*/[!_]*.yaml")]
+    options = [*(error.options or ()), *(str(name) for name in sorted(below) if group in CHOSEN)]
+    return no_such_choice(path, list(dict.fromkeys(options)), inside and inside[1])
 
 
-def no_such_choice(error: refusals.MissingConfigException) -> str:
-    """``model: 'smolm2' is not a choice. Did you mean 'smollm2'? Allowed: …``"""
-    group, _, name = str(error.missing_cfg_file).rpartition("/")
-    allowed = list(error.options or ())
-    return (
-        f"{group}: '{name}' is not a choice.{did_you_mean(name, allowed)} Allowed: {', '.join(allowed)}."
-        f"{MORE_KINDS.get(group, '')}"
-    )
+def made_of(tree: Mapping[str, Any], about: DictConfig) -> Composed:
+    """``about``: Hydra's own part of a composed tree."""
+    folders = [Path(source.path) for source in about.runtime.config_sources if source.schema == "file"]
+    choices: Any = OmegaConf.to_container(about.runtime.choices, resolve=False)
+    overrides: Any = OmegaConf.to_container(about.overrides.task, resolve=False)  # as they were written
+    return Composed(tree, choices, folders, overrides)
 
 
-def reword(message: str) -> str:
-    """Hydra's other refusals; one that is not in the table keeps its words, in one line."""
-    message = " ".join(message.split())
-    for pattern, ours in PHRASES:
-        if found := re.match(pattern, message):
-            return found.expand(ours)
-    return f"configuration: {message.rstrip('.')}."
-
-
-def raised_in_hydra(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and Path(hydra.__file__).parent in Path(trace.tb_frame.f_code.co_filename).parents
-
-
-def discard(folder: Path) -> None:
-    """Removes ``folder`` if nothing is in it, and its parents up to outputs/ while they are empty too."""
-    top = Path(os.environ.get("LOWRANK_OUTPUTS", "outputs")).resolve()
-    parents = [p for p in folder.resolve().parents if p.is_relative_to(top)]
-    for path in (folder, *parents):
-        try:
-            path.rmdir()
-        except FileNotFoundError:
-            continue
-        except OSError:
-            return
+def raised_in(error: BaseException, library: Path) -> bool:
+    return [within(frame, library) for frame in frames(error)][-1:] == [True]

@@ -17,35 +17,46 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lowrank.classes import check_adapter, check_optimizer, options, resolve
-from lowrank.errors import ConfigError, RefusedError
+from lowrank.classes import check_adapter, check_optimizer, find, options, resolve
+from lowrank.errors import ConfigError, RefusedError, nearest
+from lowrank.kinds import check_schedule
 from lowrank.relations import OWNERS, RELATIONS
-from lowrank.rules import ANY, FLAG, RULES, read_group, refuse, unknown_key
-from lowrank.schema import FREE, GROUPS, NESTED, OPEN, Config
+from lowrank.rules import ANY, FLAG, RULES, SWEEP, read_group, refuse, unknown_key
+from lowrank.schema import FREE, GROUPS, NESTED, OPEN, Config, Sweep
 from lowrank.secrets import redacted_tree
 
-__all__ = ["Config", "key_error", "parse", "planning", "resolve", "sentence"]
+__all__ = ["Config", "key_error", "parse", "planning", "resolve", "sentence", "sweeping"]
 
-PLAN = "plan"  # the key beside the groups
+PLAN, OF_SWEEP = "plan", "sweep"  # the keys beside the groups
+ROOT = (*GROUPS, "experiment", PLAN, OF_SWEEP)  # what a command line may begin with
 
 
 def parse(node: DictConfig | Mapping[str, Any]) -> Config:
     """The configuration of a composed YAML tree. Raises ConfigError for the first key or value that is wrong."""
-    tree = {key: value for key, value in plain(node).items() if key != PLAN}
-    check_keys("", tree, GROUPS)
+    whole = plain(node)
+    planning(whole)
+    sweeping({OF_SWEEP: whole.get(OF_SWEEP, {})})
+    tree = {key: value for key, value in whole.items() if key not in (PLAN, OF_SWEEP)}
+    if "experiment" in tree:
+        raise ConfigError("experiment: the first line of an experiment's file must be '# @package _global_'.")
+    check_keys("", tree, ROOT)
     config = Config(**{name: read(cls, name, tree.get(name)) for name, cls in GROUPS.items()})
     for path, kinds in OWNERS.items():
         group, _, key = path.partition(".")
         owner = getattr(config, group)
-        if owner.kind not in kinds and getattr(owner, key) != defaults(type(owner))[key]:
+        name = names(type(owner), group)[key]
+        if owner.kind not in kinds and getattr(owner, name) != defaults(type(owner))[name]:
             raise misplaced(path)
     for path, holds, wanted in RELATIONS:
         if not holds(config):
             raise refuse(path, reduce(getattr, path.split("."), config), wanted)
+    check_schedule(config.schedule.kind, config.schedule.warmup, config.schedule.options)
     adapter = config.adapter
     check_adapter(adapter.target, adapter.targets, adapter.options)
     optim = config.optim
     check_optimizer(optim.target, {"lr": optim.lr, "weight_decay": optim.weight_decay}, optim.options)
+    if config.track.kind == "own":
+        find(str(config.track.target), "track")
     return config
 
 
@@ -53,6 +64,13 @@ def planning(node: DictConfig | Mapping[str, Any]) -> bool:
     """Whether a composed YAML tree asks for the dry run: ``plan`` is no part of a configuration, but what is done with
     it. Raises ConfigError where it is neither true nor false."""
     return bool(FLAG.read(PLAN, node.get(PLAN, False)))
+
+
+def sweeping(node: DictConfig | Mapping[str, Any]) -> Sweep:
+    """What a composed YAML tree says of ``-m``. Raises ConfigError for the first key or value that is wrong."""
+    values = mapping(OF_SWEEP, plain(node).get(OF_SWEEP, {}))
+    check_keys(OF_SWEEP, values, names(Sweep, OF_SWEEP))
+    return Sweep(**{key: SWEEP[f"{OF_SWEEP}.{key}"].read(f"{OF_SWEEP}.{key}", value) for key, value in values.items()})
 
 
 def load(path: Path) -> Config:
@@ -84,6 +102,10 @@ def plain(node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 def sentence(error: OmegaConfBaseException) -> str:
     """``loop.seed: Interpolation key 'data.sed' not found.``"""
     what = str(error).splitlines()[0].strip().rstrip(".")
+    if what == "Cannot merge DictConfig with ListConfig":
+        key = str(error.full_key)
+        wanted = RULES[key].wanted if key in RULES else "a mapping of its keys"
+        what = f"a {'mapping' if key in RULES else 'list'} is not allowed; {wanted}"
     return f"{error.full_key or 'configuration'}: {what}."
 
 
@@ -127,9 +149,9 @@ def read_value(path: str, value: Any) -> Any:
 def names(cls: type, where: str) -> dict[str, str]:
     """YAML key → field of ``cls``, without the ``options`` of an open group."""
     found = {f.name: f.name for f in fields(cls)}
-    if where in OPEN:
-        found = {"_target_": found.pop("target"), **{k: v for k, v in found.items() if k != "options"}}
-    return found
+    if "target" in found:
+        found = {"_target_": found.pop("target"), **found}
+    return {key: name for key, name in found.items() if not (where in OPEN and key == "options")}
 
 
 def defaults(cls: type) -> dict[str, Any]:
@@ -155,13 +177,16 @@ def key_error(path: str, tree: Mapping[str, Any]) -> ConfigError:
     where, _, key = path.rpartition(".")
     if path in OWNERS:
         return misplaced(path)
+    if "/" in path:
+        return ConfigError(f"{path}: no such group. Of a key write {path.replace('/', '.')}=….")
     if any(path.startswith(f"{free}.") for free in FREE):
         return ConfigError(f"{path}: not there yet; to add it write '+{path}=…'.")
-    cls = NESTED.get(where) or GROUPS.get(where)
-    allowed = [name for name in names(cls, where) if name != "_target_"] if cls else [] if where else list(GROUPS)
-    if where in OPEN:
-        target = str(tree.get(where, {}).get("_target_"))
+    cls = NESTED.get(where) or GROUPS.get(where) or (Sweep if where == OF_SWEEP else None)
+    allowed = [name for name in names(cls, where) if name != "_target_"] if cls else [] if where else list(ROOT)
+    target = str(tree.get(where, {}).get("_target_")) if where in OPEN else ""
+    if target:
         allowed += [name for name in options(target, where) if name not in allowed]
     if key in allowed:
         return ConfigError(f"{path}: not set by this choice of {where}; to set it write '+{path}=…'.")
-    return unknown_key(path, allowed)
+    error = unknown_key(path, allowed)
+    return ConfigError(f"{error} These are {target}'s.") if where in OPEN and not nearest(key, allowed) else error

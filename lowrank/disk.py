@@ -112,3 +112,18 @@ def discard(path: Path) -> None:
         path.unlink()
     elif path.is_dir():
         shutil.rmtree(path)
+
+
+def discard_empty(folder: Path) -> None:
+    """Removes ``folder`` if nothing is in it, and its parents up to outputs/ while they are empty too."""
+    top = Path(os.environ.get("LOWRANK_OUTPUTS", "outputs")).resolve()
+    parents = [p for p in folder.resolve().parents if p.is_relative_to(top)]
+    for path in (folder, *parents):
+        if path.resolve() == Path.cwd():
+            return
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return

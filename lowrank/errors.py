@@ -55,9 +55,10 @@ class Interrupted(LowrankError):
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
-    """The allowed name closest to ``name``, or None where none is close enough to be a slip."""
-    matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return matches[0] if matches else None
+    """The allowed name closest to ``name``, whatever their case, or None where none is close enough to be a slip."""
+    names = {one.casefold(): one for one in allowed}
+    matches = difflib.get_close_matches(name.casefold(), list(names), n=1, cutoff=0.5)
+    return names[matches[0]] if matches else None
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

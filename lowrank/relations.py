@@ -17,8 +17,9 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "data.eval_path": ("jsonl", "csv"),
     "data.fields": ("jsonl", "csv"),
     "data.on_malformed": ("jsonl", "csv"),
-    "track.project": ("tensorboard", "wandb"),
-    "track.name": ("tensorboard", "wandb"),
+    "track.project": ("tensorboard", "wandb", "own"),
+    "track.name": ("tensorboard", "wandb", "own"),
+    "track._target_": ("own",),
 }
 
 
@@ -80,6 +81,11 @@ RELATIONS: tuple[Relation, ...] = (
     (
         "loop.patience",
         lambda c: c.loop.patience is None or c.eval.every > 0,
+        "null, unless eval.every says when to evaluate",
+    ),
+    (
+        "loop.prune",
+        lambda c: c.loop.prune is None or c.eval.every > 0,
         "null, unless eval.every says when to evaluate",
     ),
     (

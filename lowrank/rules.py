@@ -16,10 +16,21 @@ from lowrank.errors import ConfigError, did_you_mean
 
 def show(value: Any) -> str:
     """A value as a user writes it in YAML, cut to one readable line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
+    text = written(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def written(value: Any) -> str:
+    match value:
+        case None | True | False:
+            return str(value).lower().replace("none", "null")
+        case list():
+            return f"[{', '.join(map(written, value))}]"
+        case dict():
+            return f"{{{', '.join(f'{name}: {written(one)}' for name, one in value.items())}}}"
+        case int() if abs(value) >= 10**80:  # Python refuses to write what is longer than a few thousand digits
+            return f"a number of {math.floor(math.log10(abs(value))) + 1} digits"
+    return repr(value)
 
 
 def refuse(path: str, value: Any, wanted: str, names: tuple[str, ...] = ()) -> ConfigError:
@@ -47,7 +58,10 @@ class Rule:
     def read(self, path: str, value: Any) -> Any:
         """The value, converted. Raises ConfigError where it is not accepted."""
         if not self.accepts(value):
-            raise refuse(path, value, self.wanted, self.names)
+            error = refuse(path, value, self.wanted, self.names)
+            if isinstance(value, (bool, int, float)) and self.accepts(written(value)):
+                raise ConfigError(f"{error} As a text: \"{path}='{written(value)}'\".")
+            raise error
         return self.convert(value)
 
 
@@ -108,7 +122,7 @@ def to_targets(value: Any) -> Any:
 
 
 def is_device(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None
+    return isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,3}))?", value) is not None
 
 
 POSITIVE = integer("a positive integer", 1)
@@ -164,7 +178,7 @@ RULES: dict[str, Rule] = {
     "optim.momentum": number("a number from 0 up to, but not including, 1", lambda v: 0 <= v < 1),
     "schedule.kind": choice(
         *("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial"),
-        *("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay"),
+        *("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "exponential"),
     ),
     "schedule.warmup": number(
         "a number of steps, or a fraction below 1", lambda v: 0 <= v < 1 or (0 < v < math.inf and v == int(v))
@@ -204,6 +218,8 @@ RULES: dict[str, Rule] = {
     "loop.trace_nonfinite": FLAG,
     "loop.average": or_null(number("a number above 0 and below 1", lambda v: 0 < v < 1)),
     "loop.patience": or_null(POSITIVE),
+    "loop.prune": or_null(POSITIVE),
+    "loop.diverged": or_null(number("a number above 1", lambda v: 1 < v < math.inf)),
     "loop.profile": or_null(POSITIVE),
     "eval.before": FLAG,
     "eval.every": COUNT,
@@ -221,9 +237,16 @@ RULES: dict[str, Rule] = {
     "checkpoint.resume": FLAG,
     "checkpoint.allow": texts("a list of what may differ on resume, such as [optim.lr, data]"),
     "checkpoint.background": FLAG,
-    "track.kind": choice("none", "tensorboard", "wandb"),
+    "track.kind": choice("none", "tensorboard", "wandb", "own"),
     "track.project": text("a project's name"),
     "track.name": or_null(text("a run's name")),
+    "track._target_": or_null(text("the dotted path of a Tracker class")),
+}
+
+SWEEP: dict[str, Rule] = {  # beside the groups: what -m does with its jobs
+    "sweep.together": POSITIVE,
+    "sweep.metric": or_null(text("a dotted name in summary.json, such as eval.after.loss")),
+    "sweep.resident": FLAG,
 }
 
 

@@ -94,6 +94,8 @@ class Loop:
     trace_nonfinite: bool = False
     average: float | None = None  # decay of the weights' running average
     patience: int | None = None  # evaluations without a better held-out loss
+    prune: int | None = None  # other jobs of the sweep that are done, at least
+    diverged: float | None = None  # times the lowest training loss
     profile: int | None = None  # steps under the profiler
     compile: str = "off"
 
@@ -132,6 +134,7 @@ class Track:
     kind: str
     project: str = "lowrank"
     name: str | None = None
+    target: str | None = None  # the YAML's ``_target_``: the dotted path of a Tracker class of the user's own
 
 
 @dataclass(frozen=True)
@@ -150,11 +153,20 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the YAML's shape; ``parse`` of it is this configuration again."""
         tree = asdict(self)
-        for name in OPEN:
-            group = tree[name]
-            options = group.pop("options")
-            tree[name] = {"_target_": group.pop("target"), **group, **options}
+        for name, group in tree.items():
+            if "target" in group:
+                options = group.pop("options") if name in OPEN else {}
+                tree[name] = {"_target_": group.pop("target"), **group, **options}
         return tree
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What ``-m`` does with its jobs: no part of a configuration, and of no run's identity."""
+
+    together: int = 1  # jobs that train in one pass
+    metric: str | None = None  # a dotted name in summary.json: what a sweeper is told of a job
+    resident: bool = False  # compatible jobs one after another in a process that has loaded the base
 
 
 GROUPS: dict[str, type] = get_type_hints(Config)

@@ -1,4 +1,4 @@
-"""``lowrank …`` on a run directory, and ``python train.py``'s refusals: what is printed, exit codes, what is left."""
+"""``lowrank …`` on a run directory: what is printed, exit codes, what is left."""
 
 from __future__ import annotations
 
@@ -164,83 +164,3 @@ def refused(arguments: list[str]) -> int:
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     return int(ended.value.code or 0)
-
-
-# python train.py: each refusal names what, where and what to do, in one block after what was announced until then.
-
-
-def refusal(tmp_path: Path, *arguments: str) -> tuple[int, str]:
-    """Exit code and last block of a run that must end before its first step, and so leave nothing."""
-    small = [argument for argument in SMALL if not any(a.split("=")[0] == argument.split("=")[0] for a in arguments)]
-    done = train("model=tiny_llama", *small, *arguments, cwd=tmp_path, LOWRANK_OUTPUTS=str(tmp_path / "outputs"))
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "outputs").exists()
-    announced = ("tiny_llama (", "data: rows.jsonl, 18 examples")
-    return done.returncode, "".join(
-        line for line in done.stderr.splitlines(keepends=True) if not line.startswith(announced)
-    )
-
-
-def test_a_target_that_matches_nothing_is_refused_though_another_matches(tmp_path: Path, rows: Path) -> None:
-    assert refusal(tmp_path, f"data.path={rows}", "adapter.targets=[v_proj,q_porj]") == (
-        2,
-        "adapter.targets: 'q_porj' matches no module. Nearest: 'q_proj' (2 modules).\n",
-    )
-
-
-def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path, rows: Path) -> None:
-    assert refusal(tmp_path, f"data.path={rows}", "data.fields.response=ouput") == (
-        4,
-        "data.fields.response: no column 'ouput' in rows.jsonl (has: instruction, input, output). "
-        "Did you mean 'output'?\n",
-    )
-
-
-def test_a_line_that_is_not_json_is_shown_with_its_number(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "bad.jsonl")
-    lines = path.read_text().splitlines()
-    lines[6] = '{"instruction": "a", "input" "b"}'
-    path.write_text("\n".join(lines))
-    code, said = refusal(tmp_path, f"data.path={path}")
-    assert code == 4
-    assert said.startswith("bad.jsonl:7: not valid JSON (column 30).\n" + f"  {lines[6]}\n")
-
-
-def test_examples_cut_to_nothing_are_counted(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    write_rows(path)
-    long = {"instruction": "Say " + "very " * 30 + "much.", "input": "", "output": "much"}
-    path.write_text(path.read_text() + f"{json.dumps(long)}\n" * 2)
-    held_out = write_rows(tmp_path / "held.jsonl")
-    code, said = refusal(tmp_path, f"data.path={path}", f"data.eval_path={held_out}", "data.max_length=128")
-    assert (code, said) == (
-        4,
-        "data: 2 of 22 examples have no target token after truncation to 128 (first: row 21). "
-        "Raise data.max_length or set data.on_empty=drop.\n",
-    )
-
-
-def test_a_model_that_is_not_there_is_said_with_what_to_do(tmp_path: Path, rows: Path) -> None:
-    code, said = refusal(tmp_path, f"data.path={rows}", "model=hf", "model.name=gtp2")
-    assert code == 2
-    assert said.startswith("model.name: 'gtp2' is neither a folder nor reachable on the hub (offline).\n")
-    assert "Give a folder that holds config.json, weights and tokenizer" in said
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_step_before(tmp_path: Path, rows: Path) -> None:
-    folder = tmp_path / "run"
-    small = [argument for argument in SMALL if not argument.startswith("eval")]
-    diverging = ("optim.lr=1e20", "loop.accumulate=2", "loop.steps=5", "checkpoint.every=1")
-    more = (f"data.path={rows}", "eval.before=false", f"hydra.run.dir={folder}")
-    done = train("model=tiny_llama", *small, *diverging, *more)
-    assert done.returncode == 5
-    assert "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("step 2: loss is nan in micro-batch 1 of 2 (rows ")
-    assert last.endswith("). Parameters are those of step 1, saved in checkpoints/step-00000001.")
-    summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["status"], summary["error"], summary["steps"]) == ("failed", last, 1)
-    assert [row["step"] for row in open_run(folder).metrics] == [1]
-    assert last in (folder / "events.log").read_text()
-    assert not (folder / "adapter").exists()

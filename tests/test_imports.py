@@ -12,12 +12,13 @@ ROOT = Path(__file__).parents[1]
 # Ground: seen by all, sees itself alone. Layers: do not see one another. Uses: read what layers make.
 GROUND = ("errors", "keys", "quant", "secrets", "foreign")
 LAYERS = ("adapters", "models", "config", "data", "train", "eval")
-SCHEMA = ("rules", "relations", "classes", "schema")  # what config.py is made of
-USES = ("export", "inspect", "report", "track", "fast")
+SCHEMA = ("rules", "relations", "classes", "schema", "kinds")  # what config.py is made of
+USES = ("export", "inspect", "report", "track", "fast", "compare")
 # Of the composition.
 PARTS = ("assemble", "evaluate", "record", "ledger", "session")
 ROOTS = ("run", "commands", "cli", "compose")
-ANYWHERE = (*GROUND, "disk", "manifest", *LAYERS, *SCHEMA, *USES, *PARTS)
+COMPOSED = ("places", "given", "wording")  # what compose.py is made of
+ANYWHERE = (*GROUND, "disk", "manifest", *LAYERS, *SCHEMA, *COMPOSED, "explain", *USES, *PARTS)
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -36,20 +37,27 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "schema": (),
     "rules": ("errors",),
     "relations": (),
+    "kinds": ("errors", "rules"),
     "classes": ("errors", "rules"),
     "export": (*GROUND, "disk", "adapters", "models", "data", "eval", "config"),
     "report": (*GROUND, "disk", "adapters", "models", "data", "eval", "config"),
+    "compare": ("errors", "disk", "report", "record"),
     "inspect": (*GROUND, "adapters", "models", "data", "eval", "config"),
-    "track": ("errors", "secrets", "schema", "train"),
+    "track": ("errors", "secrets", "classes", "schema", "train"),
     "fast": (*GROUND, "adapters", "models"),
     "assemble": ANYWHERE,
     "evaluate": ANYWHERE,
     "record": ("errors", "secrets", "foreign", "disk", "manifest", "models"),
     "ledger": ANYWHERE,
     "session": ANYWHERE,
-    "compose": ("errors", "secrets", "config", *SCHEMA),
+    "places": ("errors",),
+    "given": ("errors", "rules", "schema", "places"),
+    "wording": ("errors", "rules", "schema"),
+    "explain": ("errors", "config", *SCHEMA, "places"),
+    "compose": ("errors", "secrets", "disk", "config", *SCHEMA, *COMPOSED),
     "run": (*ANYWHERE, "compose"),
     "testing": ANYWHERE,
+    "sweep": (*ANYWHERE, "compose", "run"),
     "commands": (*ANYWHERE, "compose", "run"),
     "cli": (*ANYWHERE, "compose", "run", "commands", "testing"),
 }
@@ -158,7 +166,7 @@ def test_the_loop_never_knows_an_adapter_a_data_set_or_a_model() -> None:
 
 def test_what_reads_a_run_never_imports_the_loop() -> None:
     for path in sources():
-        if unit(path) in ("eval", "export", "report"):
+        if unit(path) in ("eval", "export", "report", "compare"):
             assert "train" not in own(path), where(path)
 
 

@@ -100,7 +100,7 @@ def replay(folder: Path, steps: int = FIRST) -> Replay:
 
 def first_steps_of(config: Config, start: Mapping[str, Any]) -> Config:
     """Without what only looks or ends a run; with the schedule's length of its start: it may have been extended."""
-    loop = replace(config.loop, max_seconds=None, patience=None, profile=None)
+    loop = replace(config.loop, max_seconds=None, patience=None, prune=None, diverged=None, profile=None)
     if "steps" in start:
         loop = replace(loop, steps=start["steps"], epochs=None)
     return replace(

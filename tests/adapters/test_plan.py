@@ -119,7 +119,7 @@ def test_an_invalid_regular_expression_is_a_configuration_error(llama: LlamaForC
     [
         ({"r": 0}, "adapter.r: 0 is not allowed; a positive integer."),
         ({"r": 2.0}, "adapter.r: 2.0 is not allowed; a positive integer."),
-        ({"r": True}, "adapter.r: True is not allowed; a positive integer."),
+        ({"r": True}, "adapter.r: true is not allowed; a positive integer."),
         ({"alpha": -1}, "adapter.alpha: -1 is not allowed; a positive number."),
         ({"alpha": float("nan")}, "adapter.alpha: nan is not allowed; a positive number."),
         ({"alpha": 1e300}, "adapter.alpha: 1e+300 is not allowed; a positive number within fp32's range."),

@@ -13,7 +13,9 @@ import pytest
 from cli import ROOT, environment
 
 FEW = ("kill=3", "tear=2", "full=2", "parts=2", "drift=2", "flips=300", "nonfinite=2", "fuzz=400", "owners=3")
-MANY = ("kill", "tear=120", "full=120", "signals", "parts", "drift", "flips", "nonfinite", "fuzz", "owners")
+FEW += ("overrides=100",)
+MANY = ("kill", "tear=120", "full=120", "signals", "parts", "drift", "flips", "nonfinite", "fuzz", "owners", "sweep=20")
+MANY += ("overrides",)
 
 
 def torture(*parts: str) -> subprocess.CompletedProcess[str]:

@@ -70,8 +70,8 @@ MUTANTS = (
     Mutant(
         "truncation: cuts the beginning",
         CHAT,
-        "tokens = (*start, *asked, *answer, *end)[:max_length]",
-        "tokens = (*start, *asked, *answer, *end)[-max_length:]",
+        "tokens = whole[:max_length]",
+        "tokens = whole[-max_length:]",
         ("data/test_chat.py::test_truncation_cuts_the_end",),
     ),
     Mutant(

@@ -152,8 +152,8 @@ MUTANTS = (
     Mutant(
         "identity: a tokenizer is known by its vocabulary",
         "lowrank/session/identity.py",
-        '            "rules": rules,\n',
-        '            "rules": tokenizer.get_vocab(),\n',
+        '"rules": told | left}',
+        '"rules": told["model"]["vocab"]}',
         ("session/test_identity.py::test_whatever_makes_other_token_ids_is_another_tokenizer",),
     ),
     Mutant(

@@ -12,8 +12,8 @@ MUTANTS = (
     Mutant(
         "loss: a mean of the micro-batches' means",
         LOOP,
-        "self.precision.backward(loss / targets)\n        penalty",
-        "self.precision.backward(loss / (len(batch.targets) * len(batches)))\n        penalty",
+        "self.precision.backward(loss / begun.targets)\n        return",
+        "self.precision.backward(loss / (len(batch.targets) * len(begun.batches)))\n        return",
         ("train/test_loop.py::test_accumulating_k_equals_one_batch_of_k",),
     ),
     Mutant(
@@ -54,15 +54,15 @@ MUTANTS = (
     Mutant(
         "gradients: the norm that is told is the clipped one",
         LOOP,
-        "lr, length, time.perf_counter()",
-        "lr, min(length, self.max_norm), time.perf_counter()",
+        "Made(sum(told) / begun.targets, length)",
+        "Made(sum(told) / begun.targets, min(length, self.max_norm))",
         ("train/test_loop.py::test_the_norm_is_the_one_before_clipping_and_gradients_are_no_longer_than_allowed",),
     ),
     Mutant(
         "penalty: once a micro-batch",
         LOOP,
         "penalty = self.penalty()",
-        "penalty = self.penalty() * len(batches)",
+        "penalty = self.penalty() * len(begun.batches)",
         ("train/test_loop.py::test_a_penalty_is_added_once_a_step",),
     ),
     Mutant(
@@ -71,6 +71,13 @@ MUTANTS = (
         "self.clock.set(step, index)",
         "self.clock.set(step, 0)",
         ("train/test_loop.py::test_micro_batches_and_steps_draw_masks_of_their_own",),
+    ),
+    Mutant(
+        "dropout: in one pass, the masks of the step before",
+        "lowrank/train/together.py",
+        "            going[n].clock.set(begun[n].step, index)\n",
+        "            going[n].clock.set(going[n].state.step, index)\n",
+        ("sweep/test_one_pass.py::test_each_run_equals_the_one_that_trains_alone",),
     ),
     Mutant(
         "dropout: the model's own goes by what was drawn before",
@@ -278,10 +285,10 @@ MUTANTS = (
         LOOP,
         """        self.update.clip(self.max_norm, norm, length)
         for hook in self.hooks:
-            hook.before_update(step)
+            hook.before_update(begun.step)
 """,
         """        for hook in self.hooks:
-            hook.before_update(step)
+            hook.before_update(begun.step)
         self.update.clip(self.max_norm, norm, length)
 """,
         ("train/test_loop.py::test_the_norm_is_the_one_before_clipping_and_gradients_are_no_longer_than_allowed",),
@@ -296,7 +303,7 @@ MUTANTS = (
     Mutant(
         "guard: an update that spoils a parameter is not seen",
         LOOP,
-        "        guard.updated(lr)\n",
+        "        begun.guard.updated(begun.lr)\n",
         "",
         ("train/test_finite.py::test_an_update_that_spoils_a_parameter_is_found_before_anything_sees_it",),
     ),

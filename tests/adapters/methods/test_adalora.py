@@ -120,7 +120,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"beta1": 0}, "beta1: 0 is not allowed; a number between 0 and 1."),
     ({"beta2": 1}, "beta2: 1 is not allowed; a number between 0 and 1."),
     ({"orth_weight": float("inf")}, "orth_weight: inf is not allowed; a number from 0."),
-    ({"orth_weight": True}, "orth_weight: True is not allowed; a number from 0."),
+    ({"orth_weight": True}, "orth_weight: true is not allowed; a number from 0."),
 ]
 
 

@@ -137,7 +137,7 @@ def test_it_cannot_be_merged() -> None:
         ({"size": 0}, "adapter.size: 0 is not allowed; a positive integer."),
         (
             {"activation": "gleu"},
-            "adapter.activation: gleu is not allowed; one of gelu, relu, silu, tanh. Did you mean 'gelu'?",
+            "adapter.activation: 'gleu' is not allowed; one of gelu, relu, silu, tanh. Did you mean 'gelu'?",
         ),
     ],
 )

@@ -199,8 +199,8 @@ def test_with_freeze_a_b_alone_trains_and_its_gradient_is_the_same(base: nn.Modu
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"init": "pisa"}, f"init: pisa is not allowed; one of {', '.join((*DRAWN, *TAKEN))}. Did you mean 'pissa'?"),
-        ({"init": True}, "init: True is not allowed; one of"),
+        ({"init": "pisa"}, f"init: 'pisa' is not allowed; one of {', '.join((*DRAWN, *TAKEN))}. Did you mean 'pissa'?"),
+        ({"init": True}, "init: true is not allowed; one of"),
         ({"init": "orthogonal", "r": 3}, "r: 3 is not allowed with init=orthogonal; an even number."),
         ({"init": "pissa", "r": 17}, "r: 17 is not allowed with init=pissa; at most 16 on a layer of 16×32."),
         ({"init": "zeros", "freeze_a": True}, "freeze_a: true is not allowed with init=zeros; A would stay zero"),
@@ -232,5 +232,5 @@ def test_loftq_goes_on_dense_layers_alone(target: str, make: str, said: str, mak
 def test_the_configurations_check_knows_no_layers_size_and_keeps_a_questions_mark() -> None:
     for init in (*DRAWN, *TAKEN):
         check_adapter("lowrank.adapters.LoRA", "all-linear", {"r": 512, "init": init})
-    with pytest.raises(ConfigError, match=r"adapter\.init: olra is not allowed; .* Did you mean 'olora'\?$"):
+    with pytest.raises(ConfigError, match=r"adapter\.init: 'olra' is not allowed; .* Did you mean 'olora'\?$"):
         check_adapter("lowrank.adapters.LoRA", "all-linear", {"init": "olra"})

@@ -224,7 +224,7 @@ def test_a_prefix_that_the_attention_ignores_is_noticed() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"init": "words"}, "adapter.init: words is not allowed; one of"),
+        ({"init": "words"}, "adapter.init: 'words' is not allowed; one of"),
         ({"init": "text"}, "adapter.init_text: None is not allowed with init=text; a text, from Python as its"),
         ({"init": "text", "init_text": 5}, "adapter.init_text: 5 is not allowed with init=text; a text"),
         ({"init_text": [3]}, "adapter.init_text: a text is not allowed with init=vocabulary; null, or init=text."),
@@ -247,7 +247,8 @@ def test_keys_that_are_not_what_the_configuration_says_are_refused() -> None:
 
 @pytest.mark.parametrize("hidden", [0, -3, 2.5, True])
 def test_a_network_without_a_width_is_refused(hidden: Any, llama: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"^adapter.hidden: {hidden} is not allowed; a positive integer\.$"):
+    told = str(hidden).lower()  # as YAML writes it
+    with pytest.raises(ConfigError, match=rf"^adapter.hidden: {told} is not allowed; a positive integer\.$"):
         plan(llama, {"backbone": partial(Prefix, hidden=hidden)})
 
 

@@ -130,7 +130,7 @@ def test_it_starts_from_the_vocabulary_or_with_its_spread(make_llama: Any) -> No
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"init": "txt"}, "adapter.init: txt is not allowed; one of"),
+        ({"init": "txt"}, "adapter.init: 'txt' is not allowed; one of"),
         ({"init": "text"}, "adapter.init_text: None is not allowed with init=text; a text, from Python as its"),
         ({"init": "text", "init_text": 5}, "adapter.init_text: 5 is not allowed with init=text; a text"),
         ({"init_text": [3]}, "adapter.init_text: a text is not allowed with init=vocabulary; null, or init=text."),
