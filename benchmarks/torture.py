@@ -58,6 +58,7 @@ PARTS: dict[str, Part] = {
     "overrides": lambda place, points: overrides.rows(place, points or 100_000),
     "owners": lambda place, points: owners.rows(place, 8, points or 50),
     "sweep": lambda place, points: sweep.rows(place, points or 100),
+    "optuna": lambda place, points: sweep.rows(place, points or 100, optuna=True),
 }
 
 

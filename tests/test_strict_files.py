@@ -106,8 +106,6 @@ def test_a_refusal_removes_no_folder_that_it_was_called_in(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["-m", "optim=adamw,sgd", "optim.eps=1e-8"], "optim.eps: unknown key. Allowed: lr,"),
-        (["-m", "model=tiny_llama,hf"], "job 2 (model=hf): model.name: missing; a folder or a hub id."),
         (["-m", "adapter.r=interval(1,2)"], "interval(…): only with hydra/sweeper=optuna"),
         (["-m", "hydra.run.dir=a,b"], "hydra.run.dir: 'a,b' is several values; one is."),
         (

@@ -28,6 +28,10 @@ JOB = (
     *("eval.before=false", "eval.limit=2", "eval.generate.limit=0"),
     *("adapter._target_=fated.Fated", "+adapter.fate='${loop.seed}'"),
 )
+OPTUNA = (  # which proposes each seed once, and tells the metric of each job that it gets
+    *("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.max_failure_rate=1.0"),
+    "sweep.metric=eval.after.loss",
+)
 CRASH, KILL = 5, 10  # one of so many jobs crashes; of the first half one of so many is killed
 FATED = """
 import os
@@ -75,7 +79,7 @@ class Sweep:
     data: Path
     count: int
     at_once: int
-    more: tuple[str, ...] = ()
+    optuna: bool = False
 
     def make(self) -> None:
         (self.folder / "starts").mkdir(parents=True)
@@ -92,9 +96,12 @@ class Sweep:
         return {job for job in range(self.count // 2) if job % KILL == 2}
 
     def begun(self) -> subprocess.Popen[str]:
-        command = [sys.executable, str(ROOT / "train.py"), "-m", *JOB, f"data.path={self.data}", *self.more]
-        command += [f"loop.seed={','.join(map(str, range(self.count)))}", f"hydra.sweep.dir={self.folder / 'sweep'}"]
+        seeds = ",".join(map(str, range(self.count)))
+        command = [sys.executable, str(ROOT / "train.py"), "-m", *JOB, f"data.path={self.data}"]
+        command += [f"loop.seed={seeds}", f"hydra.sweep.dir={self.folder / 'sweep'}"]
         command += [f"hydra.launcher.n_jobs={self.at_once}", "hydra.launcher.threads=1"]
+        if self.optuna:
+            command += [*OPTUNA, f"hydra.sweeper.n_trials={self.count}", f"hydra.sweeper.n_jobs={2 * self.at_once}"]
         variables = {**os.environ, "PYTHONPATH": str(self.folder), "FATED": str(self.folder / "starts")}
         return subprocess.Popen(
             command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT
@@ -117,17 +124,16 @@ class Sweep:
         return {int(p.name): len(p.read_text().splitlines()) for p in (self.folder / "starts").iterdir()}
 
 
-def rows(ground: Ground, count: int) -> Iterator[Row]:
-    sweep = Sweep(ground.place("sweep"), ground.ours.data, count, ground.at_once)
+def rows(ground: Ground, count: int, *, optuna: bool = False) -> Iterator[Row]:
+    sweep = Sweep(ground.place("optuna" if optuna else "sweep"), ground.ours.data, count, ground.at_once, optuna)
     sweep.make()
     kept = first_call(sweep)
     before = sweep.starts()
     process = sweep.begun()
     _, errors = process.communicate(timeout=PATIENCE)
     ended = {job: fault(sweep, job, errors) for job in range(count)}
-    title = (
-        f"a sweep of {count} jobs: {len(sweep.crashing)} crash, {len(sweep.killed)} are killed, its launcher is killed"
-    )
+    what = f"{'Optuna: ' if optuna else ''}a sweep of {count} jobs"
+    title = f"{what}: {len(sweep.crashing)} crash, {len(sweep.killed)} are killed, its launcher is killed"
     yield Row(f"{title}; called again, the rest are done, those named", figure(ended, process.returncode))
     again = {job: repeated(sweep, job, before.get(job, 0), job in kept) for job in range(count)}
     yield Row("… and no job is run that was done, none more often than it was stopped", figure(again, 1))
