@@ -22,12 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, not the one above it
 
 from benchmarks import intervals  # noqa: E402
+from benchmarks.marks import placed  # noqa: E402
 from benchmarks.studies import SAME, STUDIES, Claim, Study  # noqa: E402
 from lowrank.compare.groups import Group, Results, gather  # noqa: E402
 from lowrank.compare.keys import measured  # noqa: E402
 from lowrank.compare.student import Estimate  # noqa: E402
 
 METRIC = "eval.after.loss"
+BY = "benchmarks/experiments.py"  # in the page's marks
 PAGE, PLOTS = ROOT / "docs" / "experiments.md", ROOT / "docs" / "experiments"
 LAUNCHER = ("hydra.launcher.n_jobs=2", "hydra.launcher.threads=1")
 
@@ -92,18 +94,11 @@ def read(study: Study, folder: Path) -> tuple[dict[str, Group], Results]:
 def write(study: Study, arms: Mapping[str, Group], results: Results) -> None:
     """The study's section between its marks, and its picture."""
     text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(placed(text, study.name, section(study, arms, results)), encoding="utf-8")
+    PAGE.write_text(
+        placed(text, study.name, "benchmarks/experiments.py", section(study, arms, results)), encoding="utf-8"
+    )
     PLOTS.mkdir(exist_ok=True)
     (PLOTS / f"{study.name}.svg").write_text(picture(arms, study.name), encoding="utf-8")
-
-
-def placed(text: str, name: str, content: str) -> str:
-    begin, end = f"<!-- {name}: written by benchmarks/experiments.py -->", f"<!-- /{name} -->"
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise SystemExit(f"{PAGE}: no place for it: {begin} … {end}")
-    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def section(study: Study, arms: Mapping[str, Group], results: Results) -> str:

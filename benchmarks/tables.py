@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import curves, goals, results
 from benchmarks.goals import Goal, spread
+from benchmarks.marks import placed
 
 HERE = Path(__file__).parent
 PLACES = ("bench", "curves", "bench-cuda")  # marks: <!-- bench: … --> … <!-- /bench -->
@@ -104,14 +105,5 @@ def write(folder: Path, found: Mapping[str, Any]) -> None:
 def renew(readme: Path, contents: Mapping[str, str]) -> None:
     text = readme.read_text(encoding="utf-8")
     for place, content in contents.items():
-        text = placed(text, place, content)
+        text = placed(text, place, "bench.py --write", content)
     readme.write_text(text, encoding="utf-8")
-
-
-def placed(text: str, place: str, content: str) -> str:
-    begin, end = f"<!-- {place}: written by bench.py --write -->", f"<!-- /{place} -->"
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise SystemExit(f"README.md: no place for a table: {begin} … {end}")
-    return f"{before}{begin}\n{content}\n{end}{after}"

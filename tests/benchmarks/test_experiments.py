@@ -14,7 +14,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from benchmarks import experiments
-from benchmarks.experiments import placed, read, section, verdict
+from benchmarks.experiments import read, section, verdict
+from benchmarks.marks import placed
 from benchmarks.studies import STUDIES, Claim
 from lowrank import compose
 from lowrank.compare.keys import flat
@@ -114,11 +115,11 @@ def test_the_picture_is_xml_with_every_value(runs: Path) -> None:
 def test_the_page_has_a_place_for_each_study_and_the_others_stay() -> None:
     page = experiments.PAGE.read_text()
     for name in STUDIES:
-        changed = placed(page, name, "NEW")
+        changed = placed(page, name, experiments.BY, "NEW")
         assert changed.count("NEW") == 1
-        assert placed(changed, name, "NEW") == changed
+        assert placed(changed, name, experiments.BY, "NEW") == changed
     with pytest.raises(SystemExit, match="no place"):
-        placed(page, "other", "NEW")
+        placed(page, "other", experiments.BY, "NEW")
 
 
 def test_fp4_weights_are_rounded_as_our_own_layer_rounds_to_nf4() -> None:
